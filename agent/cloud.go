@@ -367,10 +367,13 @@ func (l *link) send(s *spool, acked <-chan struct{}) error {
 	next := s.log.First()
 	lastFirst := next
 	deadline := time.Now().Add(resend)
+	if err := l.sayOldest(s); err != nil {
+		return err
+	}
 	for l.ctx.Err() == nil {
-		first, some := s.first()
-		if !some {
-			first = s.log.Next()
+		first := s.log.Next()
+		if p, ok := s.oldest(); ok {
+			first = p.index
 		}
 		if first != lastFirst { // progress
 			lastFirst, resend = first, resendMin
@@ -380,6 +383,9 @@ func (l *link) send(s *spool, acked <-chan struct{}) error {
 			resend = min(resend*2, resendMax)
 			deadline = time.Now().Add(resend)
 			l.a.count(func(st *Status) { st.Resends++ })
+			if err := l.sayOldest(s); err != nil {
+				return err
+			}
 		}
 		next = max(next, first)
 		if next == first { // nothing under way yet: the clock starts with the first chunk
@@ -395,6 +401,19 @@ func (l *link) send(s *spool, acked <-chan struct{}) error {
 		l.awaitWork(s, next, first, acked, deadline)
 	}
 	return l.ctx.Err()
+}
+
+// sayOldest tells the cloud, in the keep's name, that nothing older will come.
+func (l *link) sayOldest(s *spool) error {
+	p, ok := s.oldest()
+	if !ok {
+		return nil
+	}
+	m, err := tee.Oldest{Stream: s.stream, Epoch: p.epoch, Seq: p.seq, Head: p.head}.Do(l.ctx, l.a.keep)
+	if err != nil {
+		return err
+	}
+	return l.publish(m)
 }
 
 // sendSome publishes a few chunks from next on, if the window allows.

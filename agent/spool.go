@@ -178,14 +178,14 @@ func (s *spool) depth() (chunks int, size int64) {
 	return len(s.positions), s.log.Bytes()
 }
 
-// first is the log index of the oldest chunk that is not covered.
-func (s *spool) first() (uint64, bool) {
+// oldest is the oldest chunk that is not covered.
+func (s *spool) oldest() (position, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.positions) == 0 {
-		return 0, false
+		return position{}, false
 	}
-	return s.positions[0].index, true
+	return s.positions[0], true
 }
 
 func sha256Sum(b []byte) []byte {

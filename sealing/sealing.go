@@ -46,6 +46,10 @@
 // A watermark is a COSE_Sign1 by the fleet (typ TypWatermark) over the map of a
 // checkpoint without 6: the cloud has stored everything up to here.
 //
+// An oldest is a COSE_Sign1 by the epoch key (typ TypOldest) over the map of a
+// checkpoint without 6: the gateway has nothing of the stream from before the
+// chunk that ends here.
+//
 // A chunk is what travels and is stored as one: [stream key, [+ record],
 // checkpoint], where the checkpoint covers exactly the last record. The first
 // chunk of an epoch carries the stream key; in all others it is empty. A chunk is at most MaxChunk bytes.
@@ -71,6 +75,7 @@ const (
 	TypStreamKey  = "application/edgekeep-stream-key+cose"
 	TypCheckpoint = "application/edgekeep-checkpoint+cbor"
 	TypWatermark  = "application/edgekeep-watermark+cbor"
+	TypOldest     = "application/edgekeep-oldest+cbor"
 	TypRelease    = "application/edgekeep-release+cose"
 )
 
@@ -272,8 +277,8 @@ func (c Checkpoint) Sign(key crypto.Signer, typ string) ([]byte, error) {
 	return cose.Sign1(key, typ, cose.MustMarshal(c))
 }
 
-// VerifyCheckpoint verifies a checkpoint (TypCheckpoint) or a watermark
-// (TypWatermark).
+// VerifyCheckpoint verifies a checkpoint (TypCheckpoint), a watermark
+// (TypWatermark) or an oldest (TypOldest).
 func VerifyCheckpoint(pub *ecdsa.PublicKey, typ string, msg []byte) (Checkpoint, error) {
 	payload, err := cose.Verify1(pub, typ, msg)
 	if err != nil {

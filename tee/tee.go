@@ -153,6 +153,15 @@ type Watermark struct {
 	Head   []byte `cbor:"4,keyasint"`
 }
 
+// Oldest asks for a signed word that a chunk is the oldest in its stream's spool:
+// what the cloud misses before it is lost, and not only late.
+type Oldest struct {
+	Stream string `cbor:"1,keyasint"`
+	Epoch  []byte `cbor:"2,keyasint"`
+	Seq    uint64 `cbor:"3,keyasint"` // of its last record
+	Head   []byte `cbor:"4,keyasint"`
+}
+
 // SignTLS asks for the signature of a TLS 1.3 client's CertificateVerify. The
 // keep sees the text and signs nothing else.
 type SignTLS struct {
@@ -175,6 +184,7 @@ const (
 	KindCommit
 	KindCheckWatermark
 	KindSignTLS
+	KindOldest
 )
 
 // Do sends the request.
@@ -215,6 +225,11 @@ func (r Commit) Do(ctx context.Context, t Transport) (Outcome, error) {
 // Do sends the request.
 func (r CheckWatermark) Do(ctx context.Context, t Transport) (Watermark, error) {
 	return call[Watermark](ctx, t, KindCheckWatermark, r)
+}
+
+// Do sends the request.
+func (r Oldest) Do(ctx context.Context, t Transport) (Message, error) {
+	return call[Message](ctx, t, KindOldest, r)
 }
 
 // Do sends the request.

@@ -4,12 +4,13 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"time"
 
 	"github.com/BurntSushi/toml"
-	"github.com/spf13/pflag"
+	"github.com/spf13/cobra"
 )
 
 // maxConfig bounds the configuration file.
@@ -43,18 +44,25 @@ func defaults() config {
 	}
 }
 
-// settle reads the file at path, if there is one, under the flags that were
-// given.
-func (c *config) settle(path string, flags *pflag.FlagSet) error {
+// flagNames are the flags that are keys of the file, too.
+var flagNames = []string{"socket", "json", "interval", "root", "count", "speed", "measurement", "time-column"}
+
+// settle reads the file at path, if there is one, and sets again what was given
+// as a flag.
+func (c *config) settle(path string, cmd *cobra.Command) error {
 	given := map[string]string{}
-	flags.Visit(func(f *pflag.Flag) { given[f.Name] = f.Value.String() })
+	for _, name := range flagNames {
+		if f := cmd.Flags().Lookup(name); f != nil && f.Changed {
+			given[name] = f.Value.String()
+		}
+	}
 	if path != "" {
 		if err := c.load(path); err != nil {
 			return fmt.Errorf("config %s: %w", path, err)
 		}
 	}
 	for name, value := range given {
-		if err := flags.Set(name, value); err != nil {
+		if err := cmd.Flags().Set(name, value); err != nil {
 			return err
 		}
 	}
@@ -62,16 +70,17 @@ func (c *config) settle(path string, flags *pflag.FlagSet) error {
 }
 
 func (c *config) load(path string) error {
-	info, err := os.Stat(path)
+	file, err := os.Open(path)
 	if err != nil {
 		return errors.Unwrap(err)
 	}
-	if info.Size() > maxConfig {
-		return fmt.Errorf("%d bytes, which is no configuration", info.Size())
-	}
-	text, err := os.ReadFile(path)
+	defer file.Close()
+	text, err := io.ReadAll(io.LimitReader(file, maxConfig+1))
 	if err != nil {
-		return errors.Unwrap(err)
+		return err
+	}
+	if len(text) > maxConfig {
+		return fmt.Errorf("longer than %d bytes", maxConfig)
 	}
 	meta, err := toml.Decode(string(text), c)
 	if err != nil {

@@ -18,11 +18,12 @@ import (
 	"edgekeep/sensors/replay"
 )
 
-// grace is how long the keep has after a signal for what was read before.
-const grace = 5 * time.Second
-
-// patience is after how long without an answer of the keep we say so.
-var patience = 10 * time.Second
+var (
+	// grace is how long the keep has, after a signal or a failure, for what was read before.
+	grace = 5 * time.Second
+	// patience is after how long without an answer of the keep we say so.
+	patience = 10 * time.Second
+)
 
 func (c *config) driveHost(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
 	session := "host-" + rand.Text()
@@ -109,17 +110,20 @@ func (c *config) drive(ctx context.Context, session string, stdout io.Writer, lo
 	if ctx.Err() != nil && errors.Is(failed, ctx.Err()) {
 		failed = nil // stopped, as asked
 	}
-	flushed := flush(ctx, client)
+	flushed := flush(ctx, client, failed != nil)
 	stop()
 	failed = cmp.Or(failed, <-ran, flushed)
 	<-told
 	return cmp.Or(failed, account(stdout, client.Stats()))
 }
 
-func flush(ctx context.Context, client *sensors.Client) error {
-	err := client.Flush(ctx)
-	if ctx.Err() == nil || err == nil {
-		return err
+// flush waits for the keep: as long as it takes, but not longer than grace when
+// ctx has ended or something has failed.
+func flush(ctx context.Context, client *sensors.Client, failed bool) error {
+	if !failed {
+		if err := client.Flush(ctx); err == nil || ctx.Err() == nil {
+			return err
+		}
 	}
 	last, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 	defer cancel()

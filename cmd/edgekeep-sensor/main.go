@@ -63,7 +63,7 @@ func command(c *config) *cobra.Command {
 		Short:             "Read one source and give its readings to the keep",
 		SilenceErrors:     true,
 		SilenceUsage:      true,
-		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return c.settle(path, cmd.Flags()) },
+		PersistentPreRunE: func(cmd *cobra.Command, _ []string) error { return c.settle(path, cmd) },
 	}
 	root.PersistentFlags().StringVar(&path, "config", path, "settings in TOML; flags win")
 	root.PersistentFlags().StringVar(&c.Socket, "socket", c.Socket, "the keep's ingest socket")

@@ -330,6 +330,50 @@ func TestLock(t *testing.T) {
 	mustClose(t, mustOpen(t, dir, roomy))
 }
 
+// TestReadBesideTrim reads from segments while they go away.
+func TestReadBesideTrim(t *testing.T) {
+	l := mustOpen(t, ramDir(t), Options{SegmentBytes: 64, MaxBytes: 1 << 20})
+	defer l.Close()
+	stop := make(chan struct{})
+	done := make(chan error)
+	for range 2 {
+		go func() {
+			for {
+				got, err := l.Read(0, 10, math.MaxInt)
+				for i, e := range got {
+					if !bytes.Equal(e.Data, numbered(int(e.Index))) || e.Index != got[0].Index+uint64(i) {
+						err = errors.Join(err, errors.New("wrong entry"))
+					}
+				}
+				select {
+				case <-stop:
+					done <- err
+					return
+				default:
+				}
+				if err != nil {
+					done <- err
+					return
+				}
+			}
+		}()
+	}
+	for n := 1; n <= 1000; n++ {
+		mustAppend(t, l, numbered(n))
+		if n%2 == 0 {
+			if err := l.Trim(uint64(n - 1)); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	close(stop)
+	for range 2 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func TestIndicesGoOn(t *testing.T) {
 	dir := t.TempDir()
 	o := Options{SegmentBytes: 100, MaxBytes: 300}

@@ -69,7 +69,7 @@ type request struct {
 //
 //	pwrite(segment, group); fdatasync(segment)
 //
-// and before it, when a new segment is needed, see addSegment.
+// and before it, when a new segment is needed, those of addSegment and of drop.
 func (l *Log) Append(ctx context.Context, entries ...[]byte) (last uint64, err error) {
 	r := &request{entries: entries, done: make(chan struct{})}
 	if len(entries) == 0 {

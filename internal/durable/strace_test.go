@@ -40,9 +40,15 @@ func childScript(dir string) error {
 		}
 		if err := l.Trim(last); err != nil {
 			fmt.Println("failed", err)
-			if first := l.First(); first != 1 && first != last+1 && first != last-3 {
-				return fmt.Errorf("first is %d after a failed trim up to %d", first, last)
+			late := strings.Contains(err.Error(), "sync "+dir+":") || strings.Contains(err.Error(), "remove "+dir)
+			next, again := l.Append(context.Background(), []byte("after trim"))
+			if late != (again != nil) {
+				return fmt.Errorf("append after %w: %w", err, again)
 			}
+			if late {
+				return l.Close()
+			}
+			fmt.Println(next)
 		}
 	}
 	return l.Close()

@@ -24,6 +24,7 @@ import (
 	"sync"
 	"time"
 
+	"edgekeep/sealing"
 	"edgekeep/tee"
 	"edgekeep/tee/attest"
 	"edgekeep/tee/message"
@@ -186,6 +187,8 @@ func (k *Keep) Handle(ctx context.Context, kind int, body []byte) (any, error) {
 		return handle(k, body, k.checkWatermark)
 	case tee.KindSignTLS:
 		return handle(k, body, k.signTLS)
+	case tee.KindOldest:
+		return handle(k, body, k.oldest)
 	case tee.KindTake: // waits, and touches only the sealer: without the lock
 		r, err := tee.Body[tee.Take](body)
 		if err != nil {
@@ -281,6 +284,21 @@ func (k *Keep) enrol(tee.Enrol) (tee.Message, error) {
 	return tee.Message{Kind: "enrol", Data: message.Encode(message.Enrol{
 		EK: k.ek.Public, EKCert: k.ek.Cert, AK: k.ident.ak.Public(), Nonce: nonce,
 	})}, nil
+}
+
+// oldest signs the agent's word of what is left in its spool. The agent can lose
+// data anyway; signed, nobody between here and the cloud can say so for it.
+func (k *Keep) oldest(r tee.Oldest) (tee.Message, error) {
+	if k.phase != tee.PhaseEnrolled {
+		return tee.Message{}, fmt.Errorf("the keep is %s", k.phase)
+	}
+	if len(r.Epoch) != len(sealing.Epoch{}) {
+		return tee.Message{}, errors.New("an epoch id has 16 bytes")
+	}
+	msg, err := sealing.Checkpoint{
+		Subject: k.subject(), Stream: r.Stream, Epoch: sealing.Epoch(r.Epoch), Seq: r.Seq, Head: r.Head,
+	}.Sign(k.epochKey, sealing.TypOldest)
+	return tee.Message{Kind: "hello", Data: msg}, err
 }
 
 // ReadyToSeal reports whether readings may be taken, and when not, why.

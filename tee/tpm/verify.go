@@ -46,6 +46,9 @@ var (
 	ErrSignature = errors.New("the TPM's signature does not verify with the attestation key")
 	ErrBinding   = errors.New("the TPM signed other qualifying data")
 	ErrPCRDigest = errors.New("the PCR values given are not those the TPM signed")
+	// ErrKeyPolicy comes with a genuine key: either PCRs have changed since it was
+	// made, or it is bound to other PCRs than were quoted.
+	ErrKeyPolicy = errors.New("the key is bound to another state of the machine than the one quoted")
 )
 
 // CheckAK checks that a public area is that of an attestation key as NewAK
@@ -130,11 +133,14 @@ func CheckCertified(akPublic []byte, c Signed, qualifying, keyPublic []byte, use
 	if err != nil {
 		return nil, fmt.Errorf("parsing a certified key: %w", err)
 	}
-	want := keyTemplate(use, PolicyDigest(values, true))
-	if !sameTemplate(*pub, want) {
-		return nil, errors.New("the certified key has other attributes or another policy than a keep's key in this state")
+	if !sameTemplate(*pub, keyTemplate(use, pub.AuthPolicy.Buffer)) {
+		return nil, errors.New("the certified key has other attributes than a keep's key")
 	}
-	return PublicKey(keyPublic)
+	key, err := PublicKey(keyPublic)
+	if err == nil && !bytes.Equal(pub.AuthPolicy.Buffer, PolicyDigest(values, true)) {
+		err = ErrKeyPolicy
+	}
+	return key, err
 }
 
 func checkSigned(akPublic []byte, s Signed, kind tpm2.TPMST, qualifying []byte) (*tpm2.TPMSAttest, error) {

@@ -1,0 +1,195 @@
+// Package keybroker holds the data owner's key and gives stream keys on: to a
+// gateway whose fresh verdict is affirming, or to a consumer whom the data owner
+// has granted reading. It judges nobody: it checks verdicts and grants.
+package keybroker
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/hpke"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"edgekeep/cloud"
+	"edgekeep/internal/cose"
+	"edgekeep/sealing"
+	"edgekeep/tee/attest"
+	"edgekeep/tee/message"
+)
+
+// Broker is one replica of the role.
+type Broker struct {
+	Bus     *cloud.Bus
+	Tenants *cloud.Tenants
+	Key     crypto.Signer                                // signs releases
+	Data    func(tenant string) (hpke.PrivateKey, error) // the data owner's key
+	Log     *slog.Logger
+	Now     func() time.Time
+}
+
+// StreamKey is an entry of the bucket "keys": a stream key and the verdict that
+// vouched for the epoch key that signed it when it was accepted.
+type StreamKey struct {
+	Message []byte `cbor:"1,keyasint"`
+	Verdict []byte `cbor:"2,keyasint"`
+}
+
+// Request asks for a stream key. Exactly one of Consumer and Verdict says for
+// whom: the name of a granted consumer, or a gateway's verdict.
+type Request struct {
+	Gateway  string `cbor:"1,keyasint"`
+	Stream   string `cbor:"2,keyasint"`
+	Epoch    []byte `cbor:"3,keyasint"`
+	Consumer string `cbor:"4,keyasint,omitempty"`
+	Verdict  []byte `cbor:"5,keyasint,omitempty"`
+}
+
+// Release is the stream key, sealed to whom it is for and signed by the broker,
+// and the epoch key under which the stream's checkpoints verify.
+type Release struct {
+	Message  []byte `cbor:"1,keyasint"`
+	EpochKey []byte `cbor:"2,keyasint"` // COSE_Key
+	Verdict  []byte `cbor:"3,keyasint"` // that vouches for it
+}
+
+// Run serves until ctx ends.
+func (b *Broker) Run(ctx context.Context) error {
+	if err := cloud.Answer(ctx, b.Bus, "api.*.data.key", "keybroker", b.release); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (b *Broker) release(ctx context.Context, subject string, r Request) (Release, error) {
+	t, err := b.Tenants.Tenant(strings.Split(subject, ".")[1])
+	if err != nil {
+		return Release{}, err
+	}
+	if !attest.ValidName(r.Gateway) || !attest.ValidName(r.Stream) || len(r.Epoch) != 16 {
+		return Release{}, errors.New("which stream key? gateway, stream and epoch are needed")
+	}
+	to, who, err := b.recipient(t, r)
+	if err != nil {
+		b.Log.Warn("release refused", "gateway", r.Gateway, "stream", r.Stream, "reason", err)
+		return Release{}, err
+	}
+	key := fmt.Sprintf("%s.%s.%x", cloud.Key(t.Tenant, r.Gateway), r.Stream, r.Epoch)
+	k, _, ok, err := cloud.Get[StreamKey](ctx, b.Bus.Keys, key)
+	if err != nil {
+		return Release{}, err
+	}
+	if !ok {
+		return Release{}, fmt.Errorf("no key of stream %s of %s in that epoch was accepted", r.Stream, r.Gateway)
+	}
+	epochKey, err := producer(t, t.Tenant+"/"+r.Gateway, k)
+	if err != nil {
+		return Release{}, err
+	}
+	data, err := b.Data(t.Tenant)
+	if err != nil {
+		return Release{}, err
+	}
+	h, secret, err := sealing.OpenStreamKey(epochKey, sealing.TypStreamKey, k.Message, data)
+	if err != nil {
+		return Release{}, err
+	}
+	defer clear(secret)
+	if h.Subject != t.Tenant+"/"+r.Gateway || h.Stream != r.Stream || !bytes.Equal(h.Epoch[:], r.Epoch) {
+		return Release{}, errors.New("the stored key is of another stream")
+	}
+	msg, err := sealing.SealStreamKey(b.Key, sealing.TypRelease, h.Subject, h.Stream, h.Epoch, secret, to)
+	if err != nil {
+		return Release{}, err
+	}
+	b.Log.Info("key released", "gateway", h.Subject, "stream", h.Stream, "epoch", h.Epoch.String(), "to", who)
+	return Release{Message: msg, EpochKey: cose.MarshalKey(epochKey), Verdict: k.Verdict}, nil
+}
+
+// producer checks that an affirming verdict vouched for the key that signed a
+// stream key, and returns it.
+func producer(t cloud.Tenant, subject string, k StreamKey) (*ecdsa.PublicKey, error) {
+	v, err := attest.VerifyVerdict(t.Verifier, k.Verdict)
+	if err != nil {
+		return nil, fmt.Errorf("the producer's verdict: %w", err)
+	}
+	if v.Subject != subject || v.Audience != t.Tenant || !v.Affirming() {
+		return nil, errors.New("the producer's verdict does not vouch for this gateway's data")
+	}
+	h, _, err := cose.Peek1(k.Message)
+	if err != nil {
+		return nil, err
+	}
+	keys, err := v.DataKeys()
+	if err != nil {
+		return nil, err
+	}
+	for _, pub := range keys {
+		if bytes.Equal(cose.Thumbprint(pub), h.KID) {
+			return pub, nil
+		}
+	}
+	return nil, errors.New("the producer's verdict does not vouch for the key that signed this stream key")
+}
+
+// recipient decides whether whoever asks may read, and returns the key to seal
+// to.
+func (b *Broker) recipient(t cloud.Tenant, r Request) (hpke.PublicKey, string, error) {
+	switch {
+	case r.Consumer != "" && len(r.Verdict) > 0:
+		return nil, "", errors.New("for a consumer or for a gateway, not both")
+	case r.Consumer != "":
+		return b.consumer(t, r.Consumer)
+	case len(r.Verdict) > 0:
+		v, err := attest.VerifyVerdict(t.Verifier, r.Verdict)
+		if err != nil {
+			return nil, "", fmt.Errorf("the recipient's verdict: %w", err)
+		}
+		if err := v.Usable(v.Subject, t.Tenant, b.Now()); err != nil {
+			return nil, "", fmt.Errorf("the recipient may not open this: %w", err)
+		}
+		to, err := cose.UnmarshalHPKEKey(v.Keys[attest.PurposeReceive])
+		if err != nil {
+			return nil, "", fmt.Errorf("the recipient's verdict names no receiving key: %w", err)
+		}
+		return to, v.Subject, nil
+	}
+	return nil, "", errors.New("for whom? a consumer's name or a gateway's verdict is needed")
+}
+
+// consumer looks a grant up: grants/{name}.cbor in the tenant's directory, signed
+// by the data owner.
+func (b *Broker) consumer(t cloud.Tenant, name string) (hpke.PublicKey, string, error) {
+	if !attest.ValidName(name) {
+		return nil, "", fmt.Errorf("not a consumer's name: %.64q", name)
+	}
+	msg, err := os.ReadFile(filepath.Join(t.Dir, "grants", name+".cbor"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, "", fmt.Errorf("%s has no grant of the data owner: `edgekeep data grant %s` makes one", name, name)
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("reading the grant of %s: %w", name, err)
+	}
+	g, err := message.VerifyGrant(t.Owner, msg)
+	if err != nil {
+		return nil, "", fmt.Errorf("the grant of %s: %w", name, err)
+	}
+	if g.Tenant != t.Tenant || g.Consumer != name {
+		return nil, "", fmt.Errorf("the grant filed under %s is of %s/%s", name, g.Tenant, g.Consumer)
+	}
+	if g.Expires != 0 && b.Now().Unix() >= g.Expires {
+		return nil, "", fmt.Errorf("the grant of %s has expired", name)
+	}
+	to, err := cose.UnmarshalHPKEKey(g.Key)
+	if err != nil {
+		return nil, "", fmt.Errorf("the grant of %s: %w", name, err)
+	}
+	return to, name, nil
+}

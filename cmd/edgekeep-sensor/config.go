@@ -27,7 +27,7 @@ type config struct {
 type hostConfig struct {
 	Interval time.Duration `toml:"interval"`
 	Root     string        `toml:"root"`
-	Count    uint64        `toml:"count"`
+	Count    int64         `toml:"count"`
 }
 
 type replayConfig struct {
@@ -115,6 +115,8 @@ func (c *config) validate() error {
 		return errors.New("host.root: want a directory, / for this machine")
 	case c.Host.Interval < 10*time.Millisecond:
 		return fmt.Errorf("host.interval %v: want 10ms or more, such as \"1s\"", c.Host.Interval)
+	case c.Host.Count < 0:
+		return fmt.Errorf("host.count %d: want 0 or more", c.Host.Count)
 	case c.Replay.Speed < 0 || math.IsNaN(c.Replay.Speed) || math.IsInf(c.Replay.Speed, 0):
 		return fmt.Errorf("replay.speed %v: want 0 or more", c.Replay.Speed)
 	}

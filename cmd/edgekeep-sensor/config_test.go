@@ -1,10 +1,12 @@
 package main
 
 import (
+	"context"
 	"os"
 	"reflect"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/BurntSushi/toml"
 )
@@ -106,6 +108,10 @@ time_column = "t"
 			t.Errorf("%v: got\n%+v, want\n%+v", tt.args, c, tt.want)
 		}
 	}
+	defer func(g time.Duration) { grace = g }(grace)
+	grace = 0
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel() // none of these gets as far as to wait
 	for text, want := range map[string]string{
 		"json = true\n\n[host]\ninterval = \"1s\"\nintervall = \"1s\"\n": "line 5: unknown key host.intervall",
 		"sockets = 1":      "line 1: unknown key sockets",
@@ -114,11 +120,11 @@ time_column = "t"
 		"json = true\njson = false\n":               "line 2",
 		"json = 1\n":                                "line 1",
 		"[host]\ninterval = \"soon\"\n":             "line 2",
-		"[host]\ncount = -1\n":                      "line 2",
+		"[host]\ncount = -1\n":                      "host.count -1: want",
 		strings.Repeat("#\n", maxConfig):            "longer than",
 		"[host]\ninterval = 1\n":                    "host.interval 1ns: want 10ms",
 	} {
-		status, out, errs := invoke(t.Context(), "host", "--config", file(t, "bad.toml", text))
+		status, out, errs := invoke(ctx, "host", "--config", file(t, "bad.toml", text))
 		if status != 1 || out != "" || !strings.Contains(errs, "bad.toml: ") && !strings.Contains(errs, "want") || !strings.Contains(errs, want) {
 			t.Errorf("%.60q: status %d, %q; want ...%s...", text, status, errs, want)
 		}

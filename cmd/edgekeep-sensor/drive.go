@@ -32,7 +32,7 @@ func (c *config) driveHost(ctx context.Context, stdout io.Writer, log *slog.Logg
 		defer tick.Stop()
 		said := ""
 		var line []byte
-		for n := uint64(1); ; n++ {
+		for n := int64(1); ; n++ {
 			points, errs := host.Sample(c.Host.Root, time.Now())
 			if err := errors.Join(errs...); err != nil && err.Error() != said {
 				said = err.Error() // once, until it changes

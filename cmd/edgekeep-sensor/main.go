@@ -79,7 +79,7 @@ func command(c *config) *cobra.Command {
 	}
 	host.Flags().DurationVar(&c.Host.Interval, "interval", c.Host.Interval, "time between two samples")
 	host.Flags().StringVar(&c.Host.Root, "root", c.Host.Root, "directory with proc and sys in it")
-	host.Flags().Uint64Var(&c.Host.Count, "count", c.Host.Count, "stop after so many samples; 0 is never")
+	host.Flags().Int64Var(&c.Host.Count, "count", c.Host.Count, "stop after so many samples; 0 is never")
 
 	replay := &cobra.Command{
 		Use:   "replay FILE.csv",

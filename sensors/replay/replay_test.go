@@ -34,11 +34,13 @@ func TestRun(t *testing.T) {
 		want []string
 	}{
 		"numbers and strings": {
-			"timestamp,value,state\n2013-12-02 21:15:00,73.96732207,\"a, \"\"b\"\"\"\n2013-12-02 21:20:00,-1e3,7\n", Options{},
+			"timestamp,value,state\n2013-12-02 21:15:00,73.96732207,\"a, \"\"b\"\"\"\n2013-12-02 21:20:00,-1e3,7\n",
+			Options{},
 			[]string{`replay value=73.96732207,state="a, \"b\"" 1386018900000000000`, `replay value=-1000,state="7" 1386019200000000000`},
 		},
 		"empty cells, CRLF, byte order mark": {
-			"\ufefftime,a,b\r\n1,,x\r\n2,5,\r\n", Options{Measurement: "m m"},
+			"\ufefftime,a,b\r\n1,,x\r\n2,5,\r\n",
+			Options{Measurement: "m m"},
 			[]string{`m\ m b="x" 1000000000`, `m\ m a=5 2000000000`},
 		},
 		"all times": {

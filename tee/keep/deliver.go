@@ -45,6 +45,9 @@ func (k *Keep) deliverUnknown(msg []byte) (tee.Outcome, error) {
 	if err != nil {
 		return tee.Outcome{}, err
 	}
+	if len(item.Roots) == 0 {
+		return tee.Outcome{}, fmt.Errorf("the cloud says: %s", printable(item.Reason))
+	}
 	sum := sha256.Sum256(item.Roots)
 	if !bytes.Equal(sum[:], k.cfg.RootsDigest) {
 		return tee.Outcome{}, fmt.Errorf("the cloud's trust roots are %x…, this keep is configured for %x…: it is not our cloud, or the configuration is of another one",

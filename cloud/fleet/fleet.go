@@ -1,0 +1,196 @@
+// Package fleet is the side of the cloud that talks to gateways: it enrols them
+// on the operator's word, delivers challenges, commands and verdicts over their
+// nonces, takes sealed data in and signs watermarks, and answers operators and
+// consumers. It reads no data and judges no evidence.
+package fleet
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"golang.org/x/sync/errgroup"
+
+	"edgekeep/cloud"
+	"edgekeep/cloud/verifier"
+	"edgekeep/mqtt"
+	"edgekeep/tee/attest"
+	"edgekeep/tee/message"
+)
+
+// Fleet is one replica of the role.
+type Fleet struct {
+	Bus      *cloud.Bus
+	Tenants  *cloud.Tenants
+	Key      crypto.Signer // signs deliveries and watermarks
+	EnrolKey []byte        // 32 bytes, of all replicas: secrets of credentials
+	EKRoots  []*x509.Certificate
+	CA       *cloud.CA // certifies gateways for TLS
+	Log      *slog.Logger
+	Now      func() time.Time
+	Metrics  *cloud.Counts
+	// Disconnect ends a gateway's connection at once; nil where the broker is not
+	// ours.
+	Disconnect func(tenant, gateway string)
+}
+
+// Count counts what was done or refused.
+func (f *Fleet) Count(what, why string) { f.Metrics.Add(what, why) }
+
+// Run serves until ctx ends.
+func (f *Fleet) Run(ctx context.Context) error {
+	if err := f.answers(ctx); err != nil {
+		return err
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return f.runIngest(ctx) })
+	g.Go(func() error {
+		return f.each(ctx, map[string]handler{
+			"ek1.*.*.up.pull": f.pull, "ek1.*.*.up.result": f.result,
+			"ek1.boot.*.up.enrol": f.enrol, "ek1.boot.*.up.activate": f.activate,
+		})
+	})
+	return g.Wait()
+}
+
+type handler func(ctx context.Context, t mqtt.Topic, data []byte) error
+
+// each runs a handler for every message on a subject, at most 32 at a time. What
+// finds no place is dropped: gateways ask again.
+func (f *Fleet) each(ctx context.Context, handlers map[string]handler) error {
+	slots := make(chan struct{}, 32)
+	for subject, h := range handlers {
+		sub, err := f.Bus.NC.QueueSubscribe(subject, "fleet", func(m *nats.Msg) {
+			select {
+			case slots <- struct{}{}:
+			default:
+				f.Count("dropped", "too many under way")
+				return
+			}
+			go func() {
+				defer func() { <-slots }()
+				f.handle(ctx, m, h)
+			}()
+		})
+		if err != nil {
+			return fmt.Errorf("subscribing to %s: %w", subject, err)
+		}
+		defer func() { _ = sub.Unsubscribe() }()
+	}
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+func (f *Fleet) handle(ctx context.Context, m *nats.Msg, h handler) {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	t, err := mqtt.ParseSubject(m.Subject)
+	if err == nil {
+		err = h(ctx, t, m.Data)
+	}
+	if err != nil && ctx.Err() == nil {
+		f.Count("refused", err.Error())
+		f.Log.Warn("message refused", "topic", t.String(), "reason", err)
+	}
+}
+
+// Notify hints a gateway that there is something to pull.
+func (f *Fleet) Notify(tenant, gateway string) {
+	_ = f.Bus.NC.Publish(mqtt.Topic{Tenant: tenant, Gateway: gateway, Kind: "notify"}.Subject(), nil) // only a hint
+}
+
+// latest returns a gateway's newest verdict, verified.
+func (f *Fleet) latest(ctx context.Context, t cloud.Tenant, gateway string) ([]byte, attest.Verdict, error) {
+	b, _, ok, err := cloud.Get[verifier.Bytes](ctx, f.Bus.Latest, cloud.Key(t.Tenant, gateway))
+	if err != nil {
+		return nil, attest.Verdict{}, err
+	}
+	if !ok {
+		return nil, attest.Verdict{}, errors.New("there is no verdict yet")
+	}
+	v, err := attest.VerifyVerdict(t.Verifier, b.Data)
+	return b.Data, v, err
+}
+
+// gateway looks an enrolled gateway up.
+func (f *Fleet) gateway(ctx context.Context, tenant, name string) (cloud.Gateway, error) {
+	g, _, ok, err := cloud.Get[cloud.Gateway](ctx, f.Bus.Gateways, cloud.Key(tenant, name))
+	if err == nil && !ok {
+		err = fmt.Errorf("no gateway %s/%s is enrolled", tenant, name)
+	}
+	if err == nil && g.Revoked {
+		err = fmt.Errorf("gateway %s/%s is revoked", tenant, name)
+	}
+	return g, err
+}
+
+// pull answers a gateway's question what is next: a command that waits, a
+// challenge when the verdict gets old, the newest verdict, a new certificate.
+func (f *Fleet) pull(ctx context.Context, t mqtt.Topic, data []byte) error {
+	if t.Tenant == mqtt.Boot {
+		return nil
+	}
+	p, err := message.Decode[message.Pull](data)
+	if err != nil {
+		return err
+	}
+	if len(p.Nonce) != message.NonceSize {
+		return errors.New("a nonce has 32 bytes")
+	}
+	tenant, err := f.Tenants.Tenant(t.Tenant)
+	if err != nil {
+		return err
+	}
+	g, err := f.gateway(ctx, t.Tenant, t.Gateway)
+	if err != nil {
+		return err
+	}
+	item := message.Item{Nonce: p.Nonce, Time: f.Now().Unix(), Subject: t.Tenant + "/" + t.Gateway}
+	verdict, v, err := f.latest(ctx, tenant, t.Gateway)
+	fresh := err == nil
+	if fresh {
+		item.Verdict = verdict
+	}
+	q, err := f.queue(ctx, t.Tenant, t.Gateway)
+	if err != nil {
+		return err
+	}
+	if len(q.Pending) > 0 {
+		item.Command = q.Pending[0].Message
+	}
+	half := v.IssuedAt + (v.Expires-v.IssuedAt)/2
+	if !fresh || q.Attest || item.Time >= half || len(q.Pending) > 0 && q.Pending[0].Attest {
+		if item.Challenge, err = f.challenge(ctx, t.Tenant, t.Gateway); err != nil {
+			f.Log.Error("no challenge to be had", "gateway", item.Subject, "err", err)
+		}
+	}
+	if fresh && v.Usable(item.Subject, t.Tenant, f.Now()) == nil {
+		if item.Certificate, err = f.renew(ctx, g, v); err != nil {
+			return err
+		}
+	}
+	if q.Attest && item.Challenge != nil {
+		if err := f.changeQueue(ctx, t.Tenant, t.Gateway, func(q *Queue) error { q.Attest = false; return nil }); err != nil {
+			return err
+		}
+	}
+	return f.send(t.Tenant, t.Gateway, item)
+}
+
+func (f *Fleet) challenge(ctx context.Context, tenant, gateway string) ([]byte, error) {
+	c, err := cloud.Ask[verifier.Bytes](ctx, f.Bus.NC, "svc.challenge", verifier.ChallengeRequest{Tenant: tenant, Gateway: gateway})
+	return c.Data, err
+}
+
+func (f *Fleet) send(tenant, gateway string, item message.Item) error {
+	msg, err := item.Sign(f.Key)
+	if err != nil {
+		return fmt.Errorf("signing a delivery: %w", err)
+	}
+	return f.Bus.NC.Publish(mqtt.Topic{Tenant: tenant, Gateway: gateway, Kind: "item"}.Subject(), msg)
+}

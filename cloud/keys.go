@@ -61,6 +61,15 @@ func LoadSigningKey(path string) (crypto.Signer, error) {
 	return ec, nil
 }
 
+// LoadSecret reads a secret of 32 bytes.
+func LoadSecret(path string) ([]byte, error) {
+	raw, err := readFile(path)
+	if err == nil && len(raw) != 32 {
+		err = fmt.Errorf("%s: a secret has 32 bytes", path)
+	}
+	return raw, err
+}
+
 // hpkeBlock are the PEM types of HPKE private keys, by KEM.
 var hpkeBlock = map[string]hpke.KEM{
 	"EDGEKEEP HPKE P-256 PRIVATE KEY":         hpke.DHKEM(ecdh.P256()),

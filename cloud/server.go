@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/jwt/v2"
@@ -34,14 +35,20 @@ type ServerConfig struct {
 // Server is an embedded NATS server that speaks MQTT, syncs every commit to
 // disk, and lets everyone do only what their certificate says.
 type Server struct {
-	srv    *server.Server
-	pool   *x509.CertPool
-	issuer nkeys.KeyPair
-	secret string
-	nc     *nats.Conn
-	// Revoked is asked at every connection of a gateway.
-	Revoked func(ctx context.Context, tenant, gateway string, serial []byte) bool
+	srv     *server.Server
+	pool    *x509.CertPool
+	issuer  nkeys.KeyPair
+	secret  string
+	nc      *nats.Conn
+	revoked atomic.Pointer[RevokedFunc]
 }
+
+// RevokedFunc says whether a gateway's certificate is not good any more.
+type RevokedFunc func(ctx context.Context, tenant, gateway string, serial []byte) bool
+
+// SetRevoked sets what is asked at every connection of a gateway. Until it is
+// set, no gateway gets in.
+func (s *Server) SetRevoked(f RevokedFunc) { s.revoked.Store(&f) }
 
 // Roles that a certificate's organizational unit names.
 const (
@@ -212,7 +219,7 @@ func (s *Server) permit(ctx context.Context, req *jwt.AuthorizationRequestClaims
 		if req.ClientInformation.MQTT != mqtt.ClientID(tenant, name) {
 			return nil, errors.New("the client id is not the certificate's")
 		}
-		if s.Revoked != nil && s.Revoked(ctx, tenant, name, leaf.SerialNumber.Bytes()) {
+		if f := s.revoked.Load(); f == nil || (*f)(ctx, tenant, name, leaf.SerialNumber.Bytes()) {
 			return nil, errors.New("the gateway's certificate is not valid any more")
 		}
 		allow(u, []string{"ek1." + tenant + "." + name + ".up.*"}, []string{"ek1." + tenant + "." + name + ".down.*"})

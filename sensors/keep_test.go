@@ -102,10 +102,10 @@ func (k *fakeKeep) live(l life, conn net.Conn) error {
 	}
 	answer := k.ack()
 	if l.crashHello >= 0 {
-		conn.Write([]byte(answer[:min(l.crashHello, len(answer))]))
+		_, _ = conn.Write([]byte(answer[:min(l.crashHello, len(answer))]))
 		return nil
 	}
-	conn.Write([]byte(answer))
+	_, _ = conn.Write([]byte(answer))
 	var pending []string
 	next, commits := uint64(0), 0
 	for read := 0; read != l.lines; {
@@ -150,11 +150,11 @@ func (k *fakeKeep) live(l life, conn net.Conn) error {
 		}
 		pending = nil
 		if commits++; commits%l.ackEvery == 0 || lines.Buffered() == 0 {
-			conn.Write([]byte(k.ack()))
+			_, _ = conn.Write([]byte(k.ack()))
 		}
 	}
 	if ack := k.ack(); l.cutAck >= 0 {
-		conn.Write([]byte(ack[:min(l.cutAck, len(ack)-1)]))
+		_, _ = conn.Write([]byte(ack[:min(l.cutAck, len(ack)-1)]))
 	}
 	return nil
 }
@@ -180,7 +180,7 @@ func script(listener net.Listener, steps []string) (net.Conn, error) {
 			if conn, err = listener.Accept(); err != nil {
 				return nil, err
 			}
-			conn.SetDeadline(time.Now().Add(5 * time.Second))
+			_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 			lines = bufio.NewReader(conn)
 		}
 		if step[0] == '>' {

@@ -126,7 +126,7 @@ func readFile(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer syscall.Close(fd)
+	defer func() { _ = syscall.Close(fd) }()
 	data := make([]byte, 0, 512)
 	for {
 		if len(data) == cap(data) {

@@ -19,7 +19,7 @@ type Reading struct {
 	Name  string // SenML name: see Name
 	Unit  string // SenML unit (RFC 8428 §12.1); may be empty
 	Time  int64  // ns since the Unix epoch
-	Value any    // int64, uint64, float64, string or bool
+	Value any    // int64, uint64, float64, string or bool; read back, a uint64 is above MaxInt64
 }
 
 // senml is one SenML record (RFC 8428 §4, labels of §6).
@@ -121,8 +121,13 @@ func (r *Reading) setValue(s senml) error {
 	if s.Value != nil {
 		n++
 		switch v := s.Value.(type) {
-		case int64, uint64:
+		case int64:
 			r.Value = v
+		case uint64:
+			r.Value = v
+			if v <= math.MaxInt64 { // CBOR does not tell the two apart
+				r.Value = int64(v)
+			}
 		case float64:
 			if math.IsNaN(v) || math.IsInf(v, 0) {
 				return errors.New("a value must be finite")

@@ -63,11 +63,12 @@ func (s *Socket) Call(ctx context.Context, request []byte) ([]byte, error) {
 	}
 	conn := s.conn
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
 	answer, err := exchange(conn, request)
-	if err != nil {
+	if !stop() || err != nil { // a deadline that has been set would fail the next call
 		conn.Close()
 		s.conn = nil
+	}
+	if err != nil {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}

@@ -261,7 +261,11 @@ func call[Reply any](ctx context.Context, t Transport, kind int, body any) (Repl
 	if err != nil {
 		return reply, fmt.Errorf("encoding a request: %w", err)
 	}
-	raw, err := t.Call(ctx, cose.MustMarshal(request{Kind: kind, Body: b}))
+	req, err := cose.Marshal(request{Kind: kind, Body: b})
+	if err != nil {
+		return reply, fmt.Errorf("encoding a request: %w", err)
+	}
+	raw, err := t.Call(ctx, req)
 	if err != nil {
 		return reply, err
 	}
@@ -302,14 +306,17 @@ func Serve(ctx context.Context, h Handler, raw []byte) []byte {
 	if err == nil {
 		reply, err = h.Handle(ctx, r.Kind, r.Body)
 	}
+	var body, out []byte
+	if err == nil {
+		body, err = cose.Marshal(reply)
+	}
+	if err == nil {
+		out, err = cose.Marshal(answer{Body: body}) // too large, perhaps, with its frame
+	}
 	if err != nil {
 		return cose.MustMarshal(answer{Error: reason(err), Body: cose.Raw{0xf6}})
 	}
-	body, err := cose.Marshal(reply)
-	if err != nil {
-		return cose.MustMarshal(answer{Error: reason(err), Body: cose.Raw{0xf6}})
-	}
-	return cose.MustMarshal(answer{Body: body})
+	return out
 }
 
 func reason(err error) string {

@@ -284,6 +284,8 @@ func ParseClaims(evidence []byte) (Claims, error) {
 		err = errors.New("the ueid is not of type RAND with 32 bytes")
 	case len(c.Prior) > maxPrior || len(c.Sources) > maxSources:
 		err = errors.New("too many prior keys or sources")
+	case !validPCRs(c.Submods.TPM.PCRs):
+		err = errors.New("a PCR is not of 0 to 23 or its value not of 32 bytes")
 	case len(c.Epoch) != 0 && len(c.Epoch) != 16:
 		err = errors.New("the epoch id is not of 16 bytes")
 	}
@@ -291,6 +293,15 @@ func ParseClaims(evidence []byte) (Claims, error) {
 		return c, fmt.Errorf("evidence: %w", err)
 	}
 	return c, nil
+}
+
+func validPCRs(values map[int][]byte) bool {
+	for p, v := range values {
+		if p < 0 || p > 23 || len(v) != sha256.Size {
+			return false
+		}
+	}
+	return true
 }
 
 // Check is one thing that was checked, and what was found.

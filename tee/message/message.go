@@ -37,6 +37,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"strconv"
 	"time"
 
 	"edgekeep/internal/cose"
@@ -178,11 +179,11 @@ func CheckCommand(c Command, subject string, accepted uint64, now time.Time) err
 
 // Interval reads the argument of set-interval.
 func Interval(c Command) (time.Duration, error) {
-	d, err := time.ParseDuration(c.Args["seconds"] + "s")
-	if err != nil || len(c.Args) != 1 || d < time.Second || d > 24*time.Hour || d%time.Second != 0 {
+	n, err := strconv.ParseUint(c.Args["seconds"], 10, 32)
+	if err != nil || len(c.Args) != 1 || n < 1 || n > 86400 {
 		return 0, errors.New("set-interval needs one argument, seconds, a whole number from 1 to 86400")
 	}
-	return d, nil
+	return time.Duration(n) * time.Second, nil
 }
 
 // Result is a keep's answer to a command.

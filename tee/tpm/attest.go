@@ -188,8 +188,8 @@ func (k *AK) Close() {
 // Public returns the key's TPMT_PUBLIC.
 func (k *AK) Public() []byte { return k.public }
 
-func (k *AK) handle() tpm2.AuthHandle {
-	return tpm2.AuthHandle{Handle: k.h.Handle, Name: k.h.Name, Auth: k.d.session(k.auth)}
+func (k *AK) handle(c cover) tpm2.AuthHandle {
+	return tpm2.AuthHandle{Handle: k.h.Handle, Name: k.h.Name, Auth: k.d.session(k.auth, c)}
 }
 
 // Signed is a structure that the TPM made and signed.
@@ -210,7 +210,7 @@ func (k *AK) Quote(qualifying []byte, pcrs []int) (Signed, map[int][]byte, error
 			return Signed{}, nil, err
 		}
 		rsp, err := tpm2.Quote{
-			SignHandle: k.handle(), QualifyingData: tpm2.TPM2BData{Buffer: qualifying},
+			SignHandle: k.handle(coverBoth), QualifyingData: tpm2.TPM2BData{Buffer: qualifying},
 			InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull}, PCRSelect: selection(pcrs),
 		}.Execute(k.d.tpm)
 		if err != nil {
@@ -225,24 +225,25 @@ func (k *AK) Quote(qualifying []byte, pcrs []int) (Signed, map[int][]byte, error
 }
 
 // Certify has the AK sign the public area of a key of the keep
-// (TPM2_Certify), with 32 qualifying bytes.
+// (TPM2_Certify), with 32 qualifying bytes. Certifying is in the ADMIN role,
+// which the key gives to its auth value (adminWithPolicy is clear): no PCRs.
 func (k *AK) Certify(key *Key, qualifying []byte) (Signed, error) {
-	var s Signed
-	err := key.use(func(h tpm2.AuthHandle) error {
-		rsp, err := tpm2.Certify{
-			ObjectHandle: h, SignHandle: k.handle(),
-			QualifyingData: tpm2.TPM2BData{Buffer: qualifying}, InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
-		}.Execute(k.d.tpm)
-		if err != nil {
-			return err
-		}
-		s = Signed{Attest: bytes.Clone(rsp.CertifyInfo.Bytes()), Signature: tpm2.Marshal(rsp.Signature)}
-		return nil
-	})
+	k.d.mu.Lock()
+	defer k.d.mu.Unlock()
+	h, err := k.d.load(k.d.srk, k.d.session(nil, coverBoth), key.blob)
 	if err != nil {
 		return Signed{}, fmt.Errorf("certifying a key: %w", err)
 	}
-	return s, nil
+	defer k.d.flush(h.Handle)
+	rsp, err := tpm2.Certify{
+		ObjectHandle:   tpm2.AuthHandle{Handle: h.Handle, Name: h.Name, Auth: k.d.session(key.auth, coverBoth)},
+		SignHandle:     k.handle(coverNone),
+		QualifyingData: tpm2.TPM2BData{Buffer: qualifying}, InScheme: tpm2.TPMTSigScheme{Scheme: tpm2.TPMAlgNull},
+	}.Execute(k.d.tpm)
+	if err != nil {
+		return Signed{}, fmt.Errorf("certifying a key: %w", explain(err))
+	}
+	return Signed{Attest: bytes.Clone(rsp.CertifyInfo.Bytes()), Signature: tpm2.Marshal(rsp.Signature)}, nil
 }
 
 // Activate opens a credential that MakeCredential made for this EK and AK.
@@ -252,7 +253,7 @@ func (k *AK) Activate(credential, secret []byte) ([]byte, error) {
 	var out []byte
 	err := k.d.withEK(func(ek tpm2.NamedHandle) error {
 		rsp, err := tpm2.ActivateCredential{
-			ActivateHandle: k.handle(),
+			ActivateHandle: k.handle(coverBoth),
 			KeyHandle:      tpm2.AuthHandle{Handle: ek.Handle, Name: ek.Name, Auth: k.d.endorsement()},
 			CredentialBlob: tpm2.TPM2BIDObject{Buffer: credential},
 			Secret:         tpm2.TPM2BEncryptedSecret{Buffer: secret},

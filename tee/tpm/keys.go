@@ -86,7 +86,7 @@ func (d *Device) NewKey(use Use, pcrs []int, auth []byte) (Blob, error) {
 	if err := CheckPCRs(values); err != nil {
 		return Blob{}, err
 	}
-	blob, err := d.create(d.srk, d.session(nil), keyTemplate(use, PolicyDigest(values, true)), auth, nil)
+	blob, err := d.create(d.srk, d.session(nil, coverBoth), keyTemplate(use, PolicyDigest(values, true)), auth, nil)
 	if err != nil {
 		return Blob{}, fmt.Errorf("creating a key: %w", err)
 	}
@@ -105,7 +105,7 @@ func (d *Device) create(parent tpm2.NamedHandle, session tpm2.Session, pub tpm2.
 	}
 	var extra []tpm2.Session
 	if parent.Handle != d.srk.Handle { // the EK's policy session cannot encrypt: add one that does
-		extra = append(extra, d.session(nil))
+		extra = append(extra, d.session(nil, coverBoth))
 	}
 	rsp, err := cmd.Execute(d.tpm, extra...)
 	if err != nil {
@@ -178,7 +178,7 @@ func (k *Key) Sign(_ io.Reader, digest []byte, opts crypto.SignerOpts) ([]byte, 
 		return nil, errors.New("this key signs SHA-256 digests only")
 	}
 	var sig []byte
-	err := k.use(func(h tpm2.AuthHandle) error {
+	err := k.use(coverCommand, func(h tpm2.AuthHandle) error {
 		rsp, err := tpm2.Sign{
 			KeyHandle:  h,
 			Digest:     tpm2.TPM2BDigest{Buffer: digest},
@@ -214,7 +214,7 @@ func (k *Key) ECDH(peer *ecdh.PublicKey) ([]byte, error) {
 	}
 	raw := peer.Bytes()
 	var x []byte
-	err := k.use(func(h tpm2.AuthHandle) error {
+	err := k.use(coverBoth, func(h tpm2.AuthHandle) error {
 		rsp, err := tpm2.ECDHZGen{KeyHandle: h, InPoint: tpm2.New2B(tpm2.TPMSECCPoint{
 			X: tpm2.TPM2BECCParameter{Buffer: raw[1:33]}, Y: tpm2.TPM2BECCParameter{Buffer: raw[33:65]},
 		})}.Execute(k.d.tpm)
@@ -234,15 +234,16 @@ func (k *Key) ECDH(peer *ecdh.PublicKey) ([]byte, error) {
 	return x, nil
 }
 
-func (k *Key) use(f func(tpm2.AuthHandle) error) error {
+// use loads the key, has f use it in a session that covers c, and flushes it.
+func (k *Key) use(c cover, f func(tpm2.AuthHandle) error) error {
 	k.d.mu.Lock()
 	defer k.d.mu.Unlock()
-	h, err := k.d.load(k.d.srk, k.d.session(nil), k.blob)
+	h, err := k.d.load(k.d.srk, k.d.session(nil, coverBoth), k.blob)
 	if err != nil {
 		return err
 	}
 	defer k.d.flush(h.Handle)
-	return explain(f(tpm2.AuthHandle{Handle: h.Handle, Name: h.Name, Auth: k.d.policySession(k.pcrs, k.auth)}))
+	return explain(f(tpm2.AuthHandle{Handle: h.Handle, Name: h.Name, Auth: k.d.policySession(k.pcrs, k.auth, c)}))
 }
 
 // PublicKey returns the P-256 point of a TPMT_PUBLIC.

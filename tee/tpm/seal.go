@@ -32,7 +32,7 @@ func (d *Device) Seal(data []byte, pcrs []int) (Blob, error) {
 		}
 		pub.AuthPolicy = tpm2.TPM2BDigest{Buffer: PolicyDigest(values, false)}
 	}
-	b, err := d.create(d.srk, d.session(nil), pub, nil, data)
+	b, err := d.create(d.srk, d.session(nil, coverBoth), pub, nil, data)
 	if err != nil {
 		return Blob{}, fmt.Errorf("sealing: %w", err)
 	}
@@ -44,14 +44,14 @@ func (d *Device) Seal(data []byte, pcrs []int) (Blob, error) {
 func (d *Device) Unseal(b Blob, pcrs []int) ([]byte, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	h, err := d.load(d.srk, d.session(nil), b)
+	h, err := d.load(d.srk, d.session(nil, coverBoth), b)
 	if err != nil {
 		return nil, fmt.Errorf("loading a sealed object (was it made by this TPM?): %w", err)
 	}
 	defer d.flush(h.Handle)
-	session := d.session(nil)
+	session := d.session(nil, coverResponse)
 	if len(pcrs) > 0 {
-		session = d.policySession(pcrs, nil)
+		session = d.policySession(pcrs, nil, coverResponse)
 	}
 	rsp, err := tpm2.Unseal{ItemHandle: tpm2.AuthHandle{Handle: h.Handle, Name: h.Name, Auth: session}}.Execute(d.tpm)
 	if err != nil {
@@ -222,7 +222,7 @@ func (n *NV) public(i int) tpm2.TPMSNVPublic {
 
 func (n *NV) define(i int) error {
 	_, err := tpm2.NVDefineSpace{
-		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: n.d.session(nil)},
+		AuthHandle: tpm2.AuthHandle{Handle: tpm2.TPMRHOwner, Auth: n.d.session(nil, coverCommand)},
 		Auth:       tpm2.TPM2BAuth{Buffer: n.auth},
 		PublicInfo: tpm2.New2B(n.public(i)),
 	}.Execute(n.d.tpm)
@@ -231,18 +231,18 @@ func (n *NV) define(i int) error {
 
 // handle is index i with the session that may use it; its current name is read
 // because the first write changes it.
-func (n *NV) handle(i int) (tpm2.AuthHandle, tpm2.NamedHandle, error) {
+func (n *NV) handle(i int, c cover) (tpm2.AuthHandle, tpm2.NamedHandle, error) {
 	index := counterIndex + tpm2.TPMHandle(i)
 	pub, err := tpm2.NVReadPublic{NVIndex: index}.Execute(n.d.tpm)
 	if err != nil {
 		return tpm2.AuthHandle{}, tpm2.NamedHandle{}, err
 	}
-	return tpm2.AuthHandle{Handle: index, Name: pub.NVName, Auth: n.d.policySession(n.pcrs, n.auth)},
+	return tpm2.AuthHandle{Handle: index, Name: pub.NVName, Auth: n.d.policySession(n.pcrs, n.auth, c)},
 		tpm2.NamedHandle{Handle: index, Name: pub.NVName}, nil
 }
 
 func (n *NV) increment() (uint64, error) {
-	auth, index, err := n.handle(0)
+	auth, index, err := n.handle(0, coverNone)
 	if err != nil {
 		return 0, err
 	}
@@ -261,7 +261,7 @@ func (n *NV) increment() (uint64, error) {
 }
 
 func (n *NV) read(i int, size uint16) ([]byte, error) {
-	auth, index, err := n.handle(i)
+	auth, index, err := n.handle(i, coverResponse)
 	if err != nil {
 		return nil, err
 	}
@@ -279,7 +279,7 @@ func (n *NV) write(slot int, data []byte) error {
 	if len(data) != slotSize || slot < 0 || slot > 1 {
 		return errors.New("a slot is 0 or 1 and holds exactly 32 bytes")
 	}
-	auth, index, err := n.handle(slot + 1)
+	auth, index, err := n.handle(slot+1, coverCommand)
 	if err != nil {
 		return err
 	}

@@ -42,6 +42,8 @@ var ErrPolicy = errors.New("the TPM refused: PCRs differ from those the object i
 // §7.5.1 reserves for the storage root key.
 const srkHandle = tpm2.TPMHandle(0x81000001)
 
+const maxPCR = 23
+
 // Device is an open TPM.
 type Device struct {
 	mu   sync.Mutex // protects the command sequence and the fields below
@@ -178,23 +180,47 @@ func (d *Device) flush(h tpm2.TPMHandle) {
 	_, _ = tpm2.FlushContext{FlushHandle: h}.Execute(d.tpm)
 }
 
-// session is a one-command HMAC session, salted to the SRK, that encrypts the
-// first parameter in both directions and proves knowledge of auth.
-func (d *Device) session(auth []byte) tpm2.Session {
-	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16,
-		tpm2.Auth(auth), tpm2.Salted(d.srk.Handle, d.pub), tpm2.AESEncryption(128, tpm2.EncryptInOut))
+// cover says which first parameter a session encrypts: the command's, the
+// response's, or both. A TPM refuses a session that would encrypt what is not
+// there or not of variable size (TPM 2.0 Part 1 §19.2).
+type cover int
+
+const (
+	coverNone cover = iota
+	coverCommand
+	coverResponse
+	coverBoth
+)
+
+// session is a one-command HMAC session, salted to the SRK, that proves
+// knowledge of auth.
+func (d *Device) session(auth []byte, c cover) tpm2.Session {
+	return tpm2.HMAC(tpm2.TPMAlgSHA256, 16, d.options(auth, c)...)
+}
+
+func (d *Device) options(auth []byte, c cover) []tpm2.AuthOption {
+	opts := []tpm2.AuthOption{tpm2.Auth(auth), tpm2.Salted(d.srk.Handle, d.pub)}
+	switch c {
+	case coverCommand:
+		opts = append(opts, tpm2.AESEncryption(128, tpm2.EncryptIn))
+	case coverResponse:
+		opts = append(opts, tpm2.AESEncryption(128, tpm2.EncryptOut))
+	case coverBoth:
+		opts = append(opts, tpm2.AESEncryption(128, tpm2.EncryptInOut))
+	}
+	return opts
 }
 
 // policySession satisfies PolicyPCR(pcrs) and, when auth is not nil,
 // PolicyAuthValue.
-func (d *Device) policySession(pcrs []int, auth []byte) tpm2.Session {
+func (d *Device) policySession(pcrs []int, auth []byte, c cover) tpm2.Session {
 	return tpm2.Policy(tpm2.TPMAlgSHA256, 16, func(t transport.TPM, h tpm2.TPMISHPolicy, _ tpm2.TPM2BNonce) error {
 		err := policyCommands(t, h, pcrs, auth != nil)
 		if err != nil { // go-tpm leaks the session of a failed callback; a TPM has three
 			d.flush(h)
 		}
 		return err
-	}, tpm2.Auth(auth), tpm2.Salted(d.srk.Handle, d.pub), tpm2.AESEncryption(128, tpm2.EncryptInOut))
+	}, d.options(auth, c)...)
 }
 
 func policyCommands(t transport.TPM, h tpm2.TPMISHPolicy, pcrs []int, auth bool) error {
@@ -244,6 +270,9 @@ func (d *Device) PCRs(which []int) (map[int][]byte, error) {
 func (d *Device) readPCRs(which []int) (map[int][]byte, error) {
 	out := make(map[int][]byte, len(which))
 	for _, p := range which {
+		if p < 0 || p > maxPCR {
+			return nil, fmt.Errorf("there is no PCR %d, choose among 0-15", p)
+		}
 		rsp, err := tpm2.PCRRead{PCRSelectionIn: selection([]int{p})}.Execute(d.tpm)
 		if err != nil {
 			return nil, fmt.Errorf("reading PCR %d: %w", p, err)
@@ -265,7 +294,7 @@ func CheckPCRs(values map[int][]byte) error {
 	}
 	measured := false
 	for p, v := range values {
-		if p == 16 || p == 23 || p < 0 || p > 23 {
+		if p == 16 || p == 23 || p < 0 || p > maxPCR {
 			return fmt.Errorf("PCR %d cannot protect anything: choose among 0-15", p)
 		}
 		if !bytes.Equal(v, make([]byte, 32)) && !bytes.Equal(v, bytes.Repeat([]byte{0xff}, 32)) {

@@ -136,6 +136,11 @@ func CheckCertified(akPublic []byte, c Signed, qualifying, keyPublic []byte, use
 	if !sameTemplate(*pub, keyTemplate(use, pub.AuthPolicy.Buffer)) {
 		return nil, errors.New("the certified key has other attributes than a keep's key")
 	}
+	for p := range values { // they may come from the evidence too
+		if p < 0 || p > maxPCR {
+			return nil, fmt.Errorf("there is no PCR %d", p)
+		}
+	}
 	key, err := PublicKey(keyPublic)
 	if err == nil && !bytes.Equal(pub.AuthPolicy.Buffer, PolicyDigest(values, true)) {
 		err = ErrKeyPolicy

@@ -60,6 +60,11 @@ func Find(program string, packages ...string) (string, error) {
 // Start runs the program with the arguments. What it prints replaces the
 // contents of logFile.
 func Start(logFile, program string, args ...string) (*Process, error) {
+	return StartAs(-1, logFile, program, args...)
+}
+
+// StartAs is Start as another user (and group of the same number); -1 is ours.
+func StartAs(uid int, logFile, program string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(logFile, os.O_CREATE|os.O_WRONLY|os.O_TRUNC|os.O_APPEND, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("open the log of %s: %w", program, err)
@@ -68,6 +73,9 @@ func Start(logFile, program string, args ...string) (*Process, error) {
 	p := &Process{cmd: exec.Command(program, args...), log: logFile, done: make(chan struct{})}
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if uid >= 0 && uid != os.Getuid() {
+		p.cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}
+	}
 	started := make(chan error)
 	go p.run(started)
 	if err := <-started; err != nil {

@@ -224,7 +224,7 @@ func (s *Server) permit(ctx context.Context, req *jwt.AuthorizationRequestClaims
 		}
 		allow(u, []string{"ek1." + tenant + "." + name + ".up.*"}, []string{"ek1." + tenant + "." + name + ".down.*"})
 	case role == RoleMonitor && overMQTT:
-		allow(u, []string{"ek1.monitor.>"}, []string{"ek1.>"})
+		allow(u, []string{"ek1.monitor.>"}, []string{"ek1.>", "ek1"}) // "ek1/#" means both
 	case role == RoleOperator && !overMQTT:
 		allow(u, []string{"api." + tenant + ".>"}, []string{Inbox(leaf) + ".>"})
 	case role == RoleConsumer && !overMQTT:

@@ -71,9 +71,7 @@ func (c *Client) Reader(gateway, stream string) (*Reader, error) {
 // Next returns the next records, waiting up to wait for them; none is no error.
 // After an error it can be called again.
 func (r *Reader) Next(ctx context.Context, wait time.Duration) ([]Opened, error) {
-	got, err := ask[fleet.Fetched](ctx, r.c, "data.fetch", fleet.Fetch{
-		Gateway: r.gateway, Stream: r.stream, After: r.after, Wait: wait.Milliseconds(),
-	})
+	got, err := r.c.Chunks(ctx, r.gateway, r.stream, r.after, wait)
 	if err != nil {
 		return nil, err
 	}
@@ -145,9 +143,7 @@ func (r *Reader) streamKey(ctx context.Context, id keyID) (streamKey, error) {
 	if k, ok := r.keys[id]; ok {
 		return k, nil
 	}
-	rel, err := ask[keybroker.Release](ctx, r.c, "data.key", keybroker.Request{
-		Gateway: id.gateway, Stream: id.stream, Epoch: id.epoch[:], Consumer: r.c.Consumer,
-	})
+	rel, err := r.c.Release(ctx, id.gateway, id.stream, id.epoch)
 	if err != nil {
 		return streamKey{}, err
 	}

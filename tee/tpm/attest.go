@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
@@ -273,6 +274,9 @@ func (k *AK) Activate(credential, secret []byte) ([]byte, error) {
 // MakeCredential encrypts up to 32 bytes so that only the TPM with this EK opens
 // them, and only for the AK with this name (TPM 2.0 Part 1 §24).
 func MakeCredential(ekPublic, akName, value []byte) (credential, secret []byte, err error) {
+	if len(value) > sha256.Size {
+		return nil, nil, fmt.Errorf("making a credential of %d bytes: at most %d", len(value), sha256.Size)
+	}
 	pub, err := tpm2.Unmarshal[tpm2.TPMTPublic](ekPublic)
 	if err != nil {
 		return nil, nil, fmt.Errorf("parsing an EK: %w", err)
@@ -294,7 +298,11 @@ func EKPublicKey(ekPublic []byte) (crypto.PublicKey, error) {
 	}
 	for _, p := range ekProfiles() {
 		if sameTemplate(*pub, p.template) {
-			return tpm2.Pub(*pub)
+			key, err := tpm2.Pub(*pub)
+			if k, ok := key.(*rsa.PublicKey); ok && k.N.BitLen() != 2048 {
+				err = fmt.Errorf("parsing an EK: its modulus has %d bits, not 2048", k.N.BitLen())
+			}
+			return key, err
 		}
 	}
 	return nil, errors.New("the EK does not follow a standard template (TCG EK Credential Profile L-1 or L-2)")

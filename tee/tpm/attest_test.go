@@ -74,10 +74,12 @@ func TestQuoteRefused(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
+	ak.Close()
 	other := newAK(t, d)
 	if _, err := CheckQuote(other.Public(), q, qualifying, values); !errors.Is(err, ErrSignature) {
 		t.Errorf("another AK: %v", err)
 	}
+	ak = other
 	key, _ := newKey(t, d, Signing)
 	certified := must(ak.Certify(key, qualifying))(t)
 	if _, err := CheckQuote(ak.Public(), certified, qualifying, values); err == nil || !strings.Contains(err.Error(), "expected kind") {
@@ -138,7 +140,9 @@ func TestCertify(t *testing.T) {
 		if err := check(c, qualifying, blob.Public, use, must(d.PCRs(unmeasured))(t)); !errors.Is(err, ErrKeyPolicy) {
 			t.Errorf("other PCRs: %v", err)
 		}
-		if _, err := ak.Certify(key, qualifying); !errors.Is(err, ErrPolicy) {
+		// Certifying is no use of the key, and possible; the check then says what it is worth.
+		c = must(ak.Certify(key, qualifying))(t)
+		if err := check(c, qualifying, blob.Public, use, must(d.PCRs(measured))(t)); !errors.Is(err, ErrKeyPolicy) {
 			t.Errorf("certified in another state: %v", err)
 		}
 	}
@@ -152,7 +156,7 @@ func TestCertifyLooseKey(t *testing.T) {
 	values := must(d.PCRs(measured))(t)
 	template := keyTemplate(Signing, PolicyDigest(values, true))
 	template.ObjectAttributes.UserWithAuth = true
-	blob := must(d.create(d.srk, d.session(nil), template, auth(2), nil))(t)
+	blob := must(d.create(d.srk, d.session(nil, coverBoth), template, auth(2), nil))(t)
 	key := must(d.Key(blob, measured, auth(2)))(t)
 	c := must(ak.Certify(key, qualifying))(t)
 	_, err := CheckCertified(ak.Public(), c, qualifying, blob.Public, Signing, values)

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/google/go-tpm/tpm2"
@@ -19,8 +20,14 @@ import (
 // One software TPM and one manufacturer serve all tests that do not cut its power.
 // Each test opens the TPM, which serves one client at a time, and closes it.
 var (
-	shared *swtpm.TPM
-	maker  string
+	base, maker string // directories
+	shared      *swtpm.TPM
+	startShared = sync.OnceFunc(func() {
+		var err error
+		if shared, err = swtpm.Start(context.Background(), swtpm.Options{Dir: filepath.Join(base, "shared"), CADir: maker}); err != nil {
+			panic(err)
+		}
+	})
 )
 
 func TestMain(m *testing.M) { os.Exit(runTests(m)) }
@@ -31,13 +38,12 @@ func runTests(m *testing.M) int {
 		panic(err)
 	}
 	defer os.RemoveAll(dir)
-	maker = filepath.Join(dir, "maker")
-	if haveTPM() {
-		if shared, err = swtpm.Start(context.Background(), swtpm.Options{Dir: filepath.Join(dir, "shared"), CADir: maker}); err != nil {
-			panic(err)
+	base, maker = dir, filepath.Join(dir, "maker")
+	defer func() {
+		if shared != nil {
+			_ = shared.Kill()
 		}
-		defer func() { _ = shared.Kill() }()
-	}
+	}()
 	return m.Run()
 }
 
@@ -57,9 +63,10 @@ var measured, unmeasured = []int{0, 7}, []int{14}
 // open opens the shared TPM, in which the measured PCRs hold something.
 func open(t testing.TB) *Device {
 	t.Helper()
-	if shared == nil {
+	if !haveTPM() {
 		t.Skip("swtpm is missing (apt-get install swtpm swtpm-tools)")
 	}
+	startShared()
 	d := openDevice(t, shared)
 	for _, p := range measured {
 		extend(t, d, p, t.Name())

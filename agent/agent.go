@@ -102,6 +102,9 @@ func (a *Agent) openSpools() error {
 		return fmt.Errorf("reading the spool: %w", err)
 	}
 	for _, e := range entries {
+		if !e.IsDir() { // tails
+			continue
+		}
 		if _, err := a.spool(e.Name()); err != nil {
 			return err
 		}

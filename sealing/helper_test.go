@@ -105,7 +105,7 @@ func pack(t testing.TB, readings ...Reading) []byte {
 	for _, r := range readings {
 		p.Add(r)
 	}
-	return must(p.Marshal())(t)
+	return p.Marshal()
 }
 
 // chain seals n records of the test's stream, from seq 0 on.

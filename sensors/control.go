@@ -8,8 +8,8 @@ import (
 	"unicode/utf8"
 )
 
-// maxControl is the longest control line, in bytes without its "\n".
-const maxControl = 512
+// MaxControl is the longest control line, in bytes without its "\n".
+const MaxControl = 512
 
 // Control is a control line; see the package comment.
 type Control struct {
@@ -25,7 +25,7 @@ func ParseControl(line []byte) (Control, error) {
 	if len(line) == 0 || line[0] != '#' {
 		return Control{}, &ErrLine{0, `no control line: it does not start with "#"`}
 	}
-	word, rest, _ := strings.Cut(string(line[:min(len(line), maxControl+1)]), " ")
+	word, rest, _ := strings.Cut(string(line[:min(len(line), MaxControl+1)]), " ")
 	var c Control
 	switch word {
 	case "#hello":
@@ -64,7 +64,7 @@ func (c Control) String() string {
 		return "#ack " + c.Session + " " + seq
 	case "err":
 		line := "#err " + seq + " " + printable(c.Reason)
-		for len(line) > maxControl {
+		for len(line) > MaxControl {
 			_, n := utf8.DecodeLastRuneInString(line)
 			line = line[:len(line)-n]
 		}
@@ -76,9 +76,9 @@ func (c Control) String() string {
 func (c Control) valid() bool {
 	switch c.Kind {
 	case "hello":
-		return validSession(c.Session)
+		return ValidSession(c.Session)
 	case "ack":
-		return validSession(c.Session) && c.Seq <= math.MaxInt64
+		return ValidSession(c.Session) && c.Seq <= math.MaxInt64
 	case "err":
 		return c.Seq >= 1 && c.Seq <= math.MaxInt64 && c.Reason != ""
 	}
@@ -95,7 +95,8 @@ func parseSeq(s string) uint64 {
 	return n
 }
 
-func validSession(s string) bool {
+// ValidSession reports whether s may name a session: see the package comment.
+func ValidSession(s string) bool {
 	ok := func(r rune) bool {
 		return r == '-' || '0' <= r && r <= '9' || 'A' <= r && r <= 'Z' || 'a' <= r && r <= 'z'
 	}

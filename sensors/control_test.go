@@ -49,7 +49,7 @@ func TestReasonFitsOneLine(t *testing.T) {
 	for _, reason := range []string{"", "a\nb\x00", "\xff\xfe", strings.Repeat("é", 400), "x" + strings.Repeat("日", 400)} {
 		line := Control{Kind: "err", Seq: 3, Reason: reason}.String()
 		c, err := ParseControl([]byte(line))
-		if err != nil || c.Seq != 3 || c.Reason == "" || len(line) > maxControl || !utf8.ValidString(line) {
+		if err != nil || c.Seq != 3 || c.Reason == "" || len(line) > MaxControl || !utf8.ValidString(line) {
 			t.Errorf("reason %q became %q: %v", reason, line, err)
 		}
 	}

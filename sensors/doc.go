@@ -44,9 +44,10 @@
 // Any other line that starts with "#" is a comment and is ignored by both ends;
 // one of the four that is malformed ends the connection.
 //
-//  1. The driver says hello and waits. The keep answers with an #ack: the last
-//     number of that session that it has consumed, 0 when there is none or when
-//     it knows another session.
+//  1. The driver says hello and waits. The keep answers with an #ack, once all
+//     that it took of the session before is durable: the last number of that
+//     session that it has consumed, 0 when there is none or when it knows
+//     another session.
 //  2. The driver sends #seq and the lines after that number.
 //  3. The keep sends #ack as lines become durable, cumulatively. A rejected line
 //     is consumed like any other and counts for nothing else.

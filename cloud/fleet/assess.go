@@ -87,10 +87,12 @@ func assessBefore(last sealing.Checkpoint, b *sealing.Before, missing func(strin
 		return placement{verdict: next, finding: rollback, detail: "the gateway says that the stream is new, but data of it is stored: it lost its state, or was replaced"}
 	case b.Epoch.Counter() > last.Epoch.Counter():
 		return missing(fmt.Sprintf("all of epoch %s is missing, %s", b.Epoch, count(*b)))
+	case b.Epoch.Counter() == last.Epoch.Counter() && b.Epoch != last.Epoch:
+		return placement{verdict: next, finding: fork, detail: fmt.Sprintf("the epoch before has the counter value of the one stored, and is another: %s, %s", b.Epoch, last.Epoch)}
 	case b.Epoch != last.Epoch:
 		return placement{verdict: next, finding: rollback, detail: fmt.Sprintf("the gateway knows of data up to epoch %s only, stored is epoch %s", b.Epoch, last.Epoch)}
 	case len(b.Head) == 0:
-		return placement{verdict: next, finding: gap, detail: "the keep could not know where the epoch before ended: its agent did not show it"}
+		return missing("the keep could not know where the epoch before ended: its agent did not show it")
 	case b.Count < have:
 		return placement{verdict: next, finding: rollback, detail: fmt.Sprintf("the gateway knows of %d records of the epoch before, stored are %d", b.Count, have)}
 	case b.Count > have:
@@ -99,6 +101,37 @@ func assessBefore(last sealing.Checkpoint, b *sealing.Before, missing func(strin
 		return placement{verdict: next, finding: fork, detail: "the epoch before ended with another record than the one stored"}
 	}
 	return placement{verdict: next}
+}
+
+// assessOld decides about a chunk that is not newer than where the stream stands,
+// given its neighbours in the store: the last stored chunk that ends before it
+// does (nil if there is none), and the first that does not.
+func assessOld(below *sealing.Position, above, pos sealing.Position) placement {
+	cp := pos.Checkpoint
+	if above.Checkpoint.Epoch == cp.Epoch && above.Checkpoint.Seq == cp.Seq && bytes.Equal(above.Checkpoint.Head, cp.Head) {
+		return placement{verdict: stored}
+	}
+	switch {
+	case above.Checkpoint.Epoch == cp.Epoch && above.First.Seq <= cp.Seq,
+		below != nil && below.Checkpoint.Epoch == cp.Epoch && below.Checkpoint.Seq >= pos.First.Seq:
+		return placement{verdict: aside, finding: fork, detail: "the gateway signed other data before at the same place"}
+	case denies(above.First, cp):
+		return placement{verdict: aside, finding: rollback, detail: "data of which the gateway knew nothing later"}
+	}
+	return placement{verdict: aside, finding: gap, detail: "it was missing, said to be lost, and came too late for its place"}
+}
+
+// denies reports whether an epoch's first record says that there was no such
+// data before it.
+func denies(first sealing.Header, cp sealing.Checkpoint) bool {
+	b := first.Before
+	switch {
+	case first.Seq > 0 || first.Epoch == cp.Epoch:
+		return false
+	case b == nil || b.Epoch.Counter() < cp.Epoch.Counter():
+		return true
+	}
+	return b.Epoch == cp.Epoch && len(b.Head) > 0 && b.Count <= cp.Seq
 }
 
 func count(b sealing.Before) string {

@@ -122,7 +122,7 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("result: no key that the verdict vouches for has signed it: %w", err)
+		return errors.Join(fmt.Errorf("result: no key that the verdict vouches for has signed it: %w", err), f.askToAttest(ctx, t))
 	}
 	if r.Subject != t.Tenant+"/"+t.Gateway {
 		return fmt.Errorf("result: it is of %s", r.Subject)

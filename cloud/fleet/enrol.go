@@ -121,8 +121,9 @@ func (f *Fleet) checkEK(t mqtt.Topic, ek, der []byte) ([]byte, *x509.Certificate
 	return hash, cert, nil
 }
 
-// VerifyEK verifies an EK certificate to the configured CA certificates: those
-// that are self-signed are roots, the others intermediates.
+// VerifyEK verifies an EK certificate to the configured CA certificates. Each of
+// them is trusted, roots and intermediates alike: makers do not always publish
+// the root above their own, and whoever configures one means it.
 func VerifyEK(der []byte, cas []*x509.Certificate, now time.Time) (*x509.Certificate, error) {
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
@@ -138,16 +139,12 @@ func VerifyEK(der []byte, cas []*x509.Certificate, now time.Time) (*x509.Certifi
 		return nil, err
 	}
 	cert.UnhandledCriticalExtensions = rest
-	roots, intermediates := x509.NewCertPool(), x509.NewCertPool()
+	roots := x509.NewCertPool()
 	for _, ca := range cas {
-		if string(ca.RawIssuer) == string(ca.RawSubject) {
-			roots.AddCert(ca)
-		} else {
-			intermediates.AddCert(ca)
-		}
+		roots.AddCert(ca)
 	}
 	if _, err := cert.Verify(x509.VerifyOptions{
-		Roots: roots, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+		Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	}); err != nil {
 		return nil, fmt.Errorf("the EK certificate does not chain to a configured TPM manufacturer (issuer %q): %w; "+
 			"if you trust its maker, add the maker's CA certificates to the directory ek_ca", cert.Issuer, err)

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -37,6 +38,9 @@ type Fleet struct {
 	// Disconnect ends a gateway's connection at once; nil where the broker is not
 	// ours.
 	Disconnect func(tenant, gateway string)
+
+	mu    sync.Mutex           // protects what follows
+	asked map[string]time.Time // when an enrolled gateway was asked to attest last
 }
 
 // Count counts what was done or refused.
@@ -102,6 +106,30 @@ func (f *Fleet) handle(ctx context.Context, m *nats.Msg, h handler) {
 // Notify hints a gateway that there is something to pull.
 func (f *Fleet) Notify(tenant, gateway string) {
 	_ = f.Bus.NC.Publish(mqtt.Topic{Tenant: tenant, Gateway: gateway, Kind: "notify"}.Subject(), nil) // only a hint
+}
+
+// askToAttest has an enrolled gateway challenged at its next pull, and hints it
+// to pull: it signs with a key that no usable verdict vouches for, because its
+// keep was restarted or its verdict is not affirming. At most once a second.
+func (f *Fleet) askToAttest(ctx context.Context, t mqtt.Topic) error {
+	id := cloud.Key(t.Tenant, t.Gateway)
+	f.mu.Lock()
+	due := time.Since(f.asked[id]) > time.Second
+	if due {
+		if f.asked == nil {
+			f.asked = map[string]time.Time{}
+		}
+		f.asked[id] = time.Now()
+	}
+	f.mu.Unlock()
+	if !due {
+		return nil
+	}
+	if err := f.changeQueue(ctx, t.Tenant, t.Gateway, func(q *Queue) error { q.Attest = true; return nil }); err != nil {
+		return err
+	}
+	f.Notify(t.Tenant, t.Gateway)
+	return nil
 }
 
 // latest returns a gateway's newest verdict, verified.

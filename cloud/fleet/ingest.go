@@ -34,7 +34,6 @@ type ingest struct {
 
 	mu       sync.Mutex // protects what follows
 	verdicts map[string]vouched
-	hinted   map[string]time.Time
 }
 
 // vouched are the keys that a gateway's newest verdict vouches for.
@@ -51,7 +50,7 @@ const (
 )
 
 func (f *Fleet) runIngest(ctx context.Context) error {
-	in := &ingest{Fleet: f, verdicts: map[string]vouched{}, hinted: map[string]time.Time{}}
+	in := &ingest{Fleet: f, verdicts: map[string]vouched{}}
 	var wg sync.WaitGroup
 	for range workers {
 		c := make(chan *nats.Msg, queueLength)
@@ -141,6 +140,9 @@ func (in *ingest) voucher(ctx context.Context, t mqtt.Topic, kid []byte) ([]byte
 	if key, ok := v.keys[string(kid)]; ok && time.Since(v.read) < verdictAge {
 		return v.verdict, key, nil
 	}
+	if _, err := in.gateway(ctx, t.Tenant, t.Gateway); err != nil {
+		return nil, nil, err
+	}
 	v, err := in.loadVerdict(ctx, t)
 	if err == nil {
 		in.mu.Lock()
@@ -151,21 +153,13 @@ func (in *ingest) voucher(ctx context.Context, t mqtt.Topic, kid []byte) ([]byte
 		}
 		err = errors.New("no verdict vouches for the key that signed it")
 	}
-	in.hint(t)
-	return nil, nil, err
+	return nil, nil, errors.Join(err, in.askToAttest(ctx, t))
 }
 
 func (in *ingest) loadVerdict(ctx context.Context, t mqtt.Topic) (vouched, error) {
 	tenant, err := in.Tenants.Tenant(t.Tenant)
 	if err != nil {
 		return vouched{}, err
-	}
-	g, _, ok, err := cloud.Get[cloud.Gateway](ctx, in.Bus.Gateways, cloud.Key(t.Tenant, t.Gateway))
-	if err != nil {
-		return vouched{}, err
-	}
-	if !ok || g.Revoked {
-		return vouched{}, errors.New("no such gateway is enrolled")
 	}
 	msg, v, err := in.latest(ctx, tenant, t.Gateway)
 	if err != nil {
@@ -183,20 +177,6 @@ func (in *ingest) loadVerdict(ctx context.Context, t mqtt.Topic) (vouched, error
 		out.keys[string(cose.Thumbprint(k))] = k
 	}
 	return out, nil
-}
-
-// hint asks a gateway to pull, at most once a second.
-func (in *ingest) hint(t mqtt.Topic) {
-	id := cloud.Key(t.Tenant, t.Gateway)
-	in.mu.Lock()
-	due := time.Since(in.hinted[id]) > time.Second
-	if due {
-		in.hinted[id] = time.Now()
-	}
-	in.mu.Unlock()
-	if due {
-		in.Notify(t.Tenant, t.Gateway)
-	}
 }
 
 // hello keeps a gateway's word of what the oldest chunk is that it has.
@@ -266,15 +246,11 @@ func (in *ingest) place(ctx context.Context, t mqtt.Topic, c sealing.Chunk, pos 
 		}
 		return in.watermark(t, cp)
 	case stored:
-		same, err := in.isStored(ctx, "rec."+name, pos)
+		below, above, err := in.neighbours(ctx, "rec."+name, pos)
 		if err != nil {
 			return err
 		}
-		if !same {
-			p = placement{verdict: aside, finding: fork, detail: "the gateway signed other data before at the same place"}
-			if cp.Epoch != h.last.Epoch {
-				p.finding, p.detail = rollback, "data of an earlier epoch that was not seen before"
-			}
+		if p = assessOld(below, above, pos); p.verdict != stored {
 			return in.keepAside(ctx, t, name, cp, p, data)
 		}
 		return in.watermark(t, h.last)
@@ -341,44 +317,41 @@ func (in *ingest) keepAside(ctx context.Context, t mqtt.Topic, name string, cp s
 	return nil
 }
 
-// isStored looks whether a chunk that is not newer than the newest stored one is
-// stored with the same hash. Messages of a stream are ordered by epoch and
-// sequence, so a binary search over the store finds its place.
-func (in *ingest) isStored(ctx context.Context, subject string, pos sealing.Position) (bool, error) {
+// neighbours looks up where a chunk that is not newer than the newest stored one
+// would be in the store: after below, which may be nil, and at above or before
+// it. Messages of a stream are ordered by epoch and sequence, so a binary search
+// finds the place.
+func (in *ingest) neighbours(ctx context.Context, subject string, pos sealing.Position) (below *sealing.Position, above sealing.Position, err error) {
 	info, err := in.Bus.Rec.Info(ctx)
 	if err != nil {
-		return false, fmt.Errorf("looking for a chunk: %w", err)
+		return nil, above, fmt.Errorf("looking for a chunk: %w", err)
 	}
+	found := false
 	lo, hi := info.State.FirstSeq, info.State.LastSeq
 	for lo <= hi {
 		mid := lo + (hi-lo)/2
 		m, err := in.Bus.Rec.GetMsg(ctx, mid, jetstream.WithGetMsgSubject(subject))
-		if errors.Is(err, jetstream.ErrMsgNotFound) || err == nil && m.Sequence > hi {
-			if mid == lo {
-				return false, nil
-			}
+		if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
+			return nil, above, fmt.Errorf("looking for a chunk: %w", err)
+		}
+		if err != nil || m.Sequence > hi { // none of this stream from mid to hi
 			hi = mid - 1
 			continue
 		}
-		if err != nil {
-			return false, fmt.Errorf("looking for a chunk: %w", err)
-		}
 		_, at, err := sealing.ParseChunk(m.Data)
 		if err != nil {
-			return false, fmt.Errorf("looking for a chunk: %w", err)
+			return nil, above, fmt.Errorf("looking for a chunk: %w", err)
 		}
-		switch order := compare(at.Checkpoint, pos.Checkpoint); {
-		case order == 0:
-			return bytes.Equal(at.Checkpoint.Head, pos.Checkpoint.Head), nil
-		case order < 0:
-			lo = m.Sequence + 1
-		case mid == lo:
-			return false, nil
-		default:
-			hi = mid - 1
+		if compare(at.Checkpoint, pos.Checkpoint) < 0 {
+			below, lo = &at, m.Sequence+1
+		} else {
+			above, found, hi = at, true, mid-1
 		}
 	}
-	return false, nil
+	if !found {
+		return nil, above, errors.New("looking for a chunk: the store ends before it, though it stands behind it")
+	}
+	return below, above, nil
 }
 
 func compare(a, b sealing.Checkpoint) int {

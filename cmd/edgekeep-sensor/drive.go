@@ -13,7 +13,7 @@ import (
 	"os"
 	"time"
 
-	"edgekeep/sensors"
+	"edgekeep/sensors/driver"
 	"edgekeep/sensors/host"
 	"edgekeep/sensors/replay"
 )
@@ -27,7 +27,7 @@ var (
 
 func (c *config) driveHost(ctx context.Context, stdout io.Writer, log *slog.Logger) error {
 	session := "host-" + rand.Text()
-	return c.drive(ctx, session, stdout, log, func(client *sensors.Client) error {
+	return c.drive(ctx, session, stdout, log, func(client *driver.Client) error {
 		tick := time.NewTicker(c.Host.Interval)
 		defer tick.Stop()
 		said := ""
@@ -66,7 +66,7 @@ func (c *config) driveReplay(ctx context.Context, path string, stdout io.Writer,
 	if err != nil {
 		return fmt.Errorf("read %s: %w", path, err)
 	}
-	return c.drive(ctx, session, stdout, log, func(client *sensors.Client) error {
+	return c.drive(ctx, session, stdout, log, func(client *driver.Client) error {
 		skip, err := client.Resume(ctx)
 		if err != nil {
 			return err
@@ -95,8 +95,8 @@ func (c *config) replaySession(file io.ReadSeeker) (string, error) {
 
 // drive gives a client to source until that ends, waits for the keep, and
 // prints the account.
-func (c *config) drive(ctx context.Context, session string, stdout io.Writer, log *slog.Logger, source func(*sensors.Client) error) error {
-	client := sensors.NewClient(c.Socket, session)
+func (c *config) drive(ctx context.Context, session string, stdout io.Writer, log *slog.Logger, source func(*driver.Client) error) error {
+	client := driver.NewClient(c.Socket, session)
 	// The client outlives ctx: it has to deliver what was read before.
 	alive, stop := context.WithCancel(context.WithoutCancel(ctx))
 	ran, told := make(chan error, 1), make(chan struct{})
@@ -119,7 +119,7 @@ func (c *config) drive(ctx context.Context, session string, stdout io.Writer, lo
 
 // flush waits for the keep: as long as it takes, but not longer than grace when
 // ctx has ended or something has failed.
-func flush(ctx context.Context, client *sensors.Client, failed bool) error {
+func flush(ctx context.Context, client *driver.Client, failed bool) error {
 	if !failed {
 		if err := client.Flush(ctx); err == nil || ctx.Err() == nil {
 			return err
@@ -131,7 +131,7 @@ func flush(ctx context.Context, client *sensors.Client, failed bool) error {
 }
 
 // tellOfSilence warns as long as the keep has not answered for the first time.
-func tellOfSilence(ctx context.Context, client *sensors.Client, log *slog.Logger) {
+func tellOfSilence(ctx context.Context, client *driver.Client, log *slog.Logger) {
 	for {
 		wait, cancel := context.WithTimeout(ctx, patience)
 		_, err := client.Resume(wait)
@@ -143,7 +143,7 @@ func tellOfSilence(ctx context.Context, client *sensors.Client, log *slog.Logger
 	}
 }
 
-func account(stdout io.Writer, s sensors.Stats) error {
+func account(stdout io.Writer, s driver.Stats) error {
 	return json.NewEncoder(stdout).Encode(struct {
 		Sent     uint64 `json:"sent"`
 		Acked    uint64 `json:"acked"`

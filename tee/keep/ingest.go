@@ -156,13 +156,8 @@ func (c *ingestConn) writeAcks(ctx context.Context) {
 			return
 		case <-c.acks:
 		}
-		c.s.mu.Lock()
-		session, line := c.session, uint64(0)
-		if c.src.committed.Session == session {
-			line = c.src.committed.Line
-		}
-		c.s.mu.Unlock()
-		if session == "" || greeted && line <= sent {
+		session, line, settled := c.position()
+		if session == "" || !greeted && !settled || greeted && line <= sent {
 			continue
 		}
 		sent, greeted = line, true
@@ -172,6 +167,19 @@ func (c *ingestConn) writeAcks(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// position is how far the connection's session is committed. It is settled when
+// the keep knows the session's past and nothing of it is under way any more, so
+// that a driver which begins again is not told of lines that it has yet to send.
+func (c *ingestConn) position() (session string, line uint64, settled bool) {
+	c.s.mu.Lock()
+	defer c.s.mu.Unlock()
+	if c.src.committed.Session == c.session {
+		line = c.src.committed.Line
+	}
+	settled = c.s.subject != "" && (c.src.cursor.Session != c.session || c.src.cursor == c.src.committed)
+	return c.session, line, settled
 }
 
 func (c *ingestConn) write(m sensors.Control) error {
@@ -295,6 +303,7 @@ func (c *ingestConn) hello(session string) {
 			other.conn.Close()
 		}
 	}
+	c.s.room.Broadcast() // a stale one may wait there
 	c.session = session
 	select {
 	case c.acks <- struct{}{}:

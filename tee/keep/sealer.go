@@ -96,6 +96,7 @@ func (s *sealer) begin(subject string, data hpke.PublicKey, epoch, previous seal
 			src.last = end{Before: sealing.Before{Epoch: previous}} // where it ended is not known
 		}
 		src.aead, src.seq, src.prev = nil, 0, make([]byte, 32)
+		src.notify() // who said hello before waits for an answer
 	}
 	s.subject, s.data, s.epoch = subject, data, epoch
 	s.room.Broadcast()
@@ -237,10 +238,7 @@ func (s *sealer) flush(src *source) {
 
 // seal makes the chunk of what waits in a source, and its checkpoint.
 func (s *sealer) seal(src *source) (data, checkpoint []byte, err error) {
-	content, err := src.pack.Marshal()
-	if err != nil {
-		return nil, nil, err
-	}
+	content := src.pack.Marshal()
 	if s.cfg.Compress {
 		content = sealing.Compress(content)
 	}

@@ -1,6 +1,7 @@
 package rig
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -15,6 +16,7 @@ import (
 
 	"edgekeep/agent"
 	"edgekeep/cloud/client"
+	"edgekeep/tee"
 	"edgekeep/testbench/internal/process"
 	"edgekeep/testbench/swtpm"
 )
@@ -258,18 +260,28 @@ func (g *Gateway) Status() (agent.Status, error) {
 	return s, err
 }
 
+// keepStatus asks the keep how it is.
+func (g *Gateway) keepStatus(ctx context.Context) (tee.StatusReply, error) {
+	s := &tee.Socket{Path: g.KeepSocket()}
+	defer s.Close()
+	return tee.Status{}.Do(ctx, s)
+}
+
 // Approve waits until the gateway's TPM asks to enrol, and approves it.
 func (g *Gateway) Approve(ctx context.Context, op *client.Client) error {
+	st, err := g.keepStatus(ctx)
+	if err != nil {
+		return err
+	}
 	for {
 		list, err := op.Gateways(ctx)
 		if err != nil {
 			return err
 		}
 		for _, p := range list.Pending {
-			if err := op.Approve(ctx, p.Hash, g.Name); err != nil {
-				return err
+			if bytes.Equal(p.Hash, st.EKHash) {
+				return op.Approve(ctx, p.Hash, g.Name)
 			}
-			return nil
 		}
 		select {
 		case <-ctx.Done():

@@ -34,7 +34,7 @@ const Tenant = "acme"
 type Options struct {
 	Dir      string // absolute; created
 	Bin      string // absolute: directory of the programs
-	Broker   string // "" or "nats": the cloud's own; "mosquitto"; or the URL of another one
+	Broker   string // "" or "nats": the cloud's own; "mosquitto"; or, until StartCloud, the URL of another one
 	Lifetime string // of a verdict; default "10m"
 }
 
@@ -100,11 +100,10 @@ func (r *Rig) StartCloud(ctx context.Context) error {
 	roles, bridge := `["verifier", "keybroker", "fleet"]`, ""
 	if !r.ownBroker() {
 		roles, mqttPort = `["verifier", "keybroker", "fleet", "bridge"]`, "0"
-		url := r.MQTT
 		if r.Mosquitto == nil {
-			url = r.Broker
+			r.MQTT, r.bootURL = r.Broker, r.Broker
 		}
-		bridge = fmt.Sprintf("[bridge]\nurl = %q\nca = %q\ncert = %q\nkey = %q\n", url,
+		bridge = fmt.Sprintf("[bridge]\nurl = %q\nca = %q\ncert = %q\nkey = %q\n", r.MQTT,
 			r.path("cloud/bridge/ca.pem"), r.path("cloud/bridge/tls.pem"), r.path("cloud/bridge/tls.key"))
 	}
 	cfg := fmt.Sprintf("roles = %s\ndata = %q\nkeys = %q\ntenants = %q\nek_ca = %q\n[server]\nhost = \"127.0.0.1\"\nclient_port = %s\nmqtt_port = %s\n%s",

@@ -1,4 +1,6 @@
-package sensors
+// Package driver is a driver's end of the ingest protocol of package sensors: it
+// numbers lines and keeps them until the keep has acknowledged them.
+package driver
 
 import (
 	"bytes"
@@ -7,6 +9,8 @@ import (
 	"fmt"
 	"sync"
 	"time"
+
+	"edgekeep/sensors"
 )
 
 const (
@@ -87,7 +91,7 @@ func (c *Client) Run(ctx context.Context) error {
 }
 
 func (c *Client) run(ctx context.Context) error {
-	if !validSession(c.session) {
+	if !sensors.ValidSession(c.session) {
 		return fmt.Errorf("session name %q: want 1 to 32 of A-Z a-z 0-9 and -", c.session)
 	}
 	backoff := c.minBackoff
@@ -129,10 +133,10 @@ func (c *Client) Resume(ctx context.Context) (uint64, error) {
 // lines or 8 MiB are not acknowledged. It does not parse: what is wrong inside
 // the line is for the keep to reject.
 func (c *Client) Send(ctx context.Context, line []byte) error {
-	if len(line) == 0 || len(line) > MaxLine || line[0] == '#' || bytes.IndexByte(line, '\n') >= 0 {
-		return fmt.Errorf("send: want one line of 1 to %d bytes that is no control line", MaxLine)
+	if len(line) == 0 || len(line) > sensors.MaxLine || line[0] == '#' || bytes.IndexByte(line, '\n') >= 0 {
+		return fmt.Errorf("send: want one line of 1 to %d bytes that is no control line", sensors.MaxLine)
 	}
-	point, _ := ParseLine(line) // no fields when malformed
+	point, _ := sensors.ParseLine(line) // no fields when malformed
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	room := func() bool {

@@ -1,4 +1,4 @@
-package sensors
+package driver
 
 import (
 	"context"
@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"pgregory.net/rapid"
+
+	"edgekeep/sensors"
 )
 
 func newTestClient(socket, session string) *Client {
@@ -109,7 +111,7 @@ func crashes(lives []life, earlier, total int) error {
 // The example in the package comment, run: our side of it against a keep that
 // says what is written there.
 func TestExampleOfThePackageComment(t *testing.T) {
-	file, err := parser.ParseFile(token.NewFileSet(), "doc.go", nil, parser.ParseComments)
+	file, err := parser.ParseFile(token.NewFileSet(), "../doc.go", nil, parser.ParseComments)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -142,7 +144,7 @@ func TestExampleOfThePackageComment(t *testing.T) {
 	}()
 	send := func(line string) {
 		t.Helper()
-		if _, err := ParseLine([]byte(line)); err != nil {
+		if _, err := sensors.ParseLine([]byte(line)); err != nil {
 			t.Error(err)
 		}
 		if err := c.Send(ctx, []byte(line)); err != nil {
@@ -167,7 +169,7 @@ func TestExampleOfThePackageComment(t *testing.T) {
 }
 
 func TestWindow(t *testing.T) {
-	for class, size := range map[string]int{"lines": 1, "bytes": MaxLine} {
+	for class, size := range map[string]int{"lines": 1, "bytes": sensors.MaxLine} {
 		t.Run(class, func(t *testing.T) {
 			fits := min(maxWindowLines, maxWindowBytes/(size+1))
 			socket, listener := listen(t)
@@ -209,7 +211,7 @@ func TestWindow(t *testing.T) {
 
 func TestSendRefuses(t *testing.T) {
 	c := NewClient("", "s")
-	for _, line := range []string{"", "#seq 5", "m f=1\n", "m f=1\n#seq 9", strings.Repeat("x", MaxLine+1)} {
+	for _, line := range []string{"", "#seq 5", "m f=1\n", "m f=1\n#seq 9", strings.Repeat("x", sensors.MaxLine+1)} {
 		if err := c.Send(t.Context(), []byte(line)); err == nil {
 			t.Errorf("took %.20q", line)
 		}

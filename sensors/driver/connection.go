@@ -1,4 +1,4 @@
-package sensors
+package driver
 
 import (
 	"bufio"
@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"strconv"
+
+	"edgekeep/sensors"
 )
 
 // batchBytes is about how much one write gives to the socket.
@@ -25,11 +27,11 @@ func (c *Client) connection(ctx context.Context) error {
 	}
 	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
-	hello := Control{Kind: "hello", Session: c.session}
+	hello := sensors.Control{Kind: "hello", Session: c.session}
 	if _, err := conn.Write([]byte(hello.String() + "\n")); err != nil {
 		return err
 	}
-	answers := bufio.NewReaderSize(conn, maxControl+1)
+	answers := bufio.NewReaderSize(conn, sensors.MaxControl+1)
 	ack, err := readAnswer(answers)
 	if err == nil {
 		err = c.greet(ack)
@@ -56,18 +58,18 @@ func (c *Client) connection(ctx context.Context) error {
 
 // readAnswer returns the keep's next answer that is no comment. A line cut short
 // by the end of the connection is no answer.
-func readAnswer(r *bufio.Reader) (Control, error) {
+func readAnswer(r *bufio.Reader) (sensors.Control, error) {
 	for {
 		line, err := r.ReadSlice('\n')
 		if errors.Is(err, bufio.ErrBufferFull) {
-			return Control{}, &protocolError{fmt.Sprintf("answer of more than %d bytes", maxControl)}
+			return sensors.Control{}, &protocolError{fmt.Sprintf("answer of more than %d bytes", sensors.MaxControl)}
 		}
 		if err != nil {
-			return Control{}, err
+			return sensors.Control{}, err
 		}
-		answer, err := ParseControl(line[:len(line)-1])
+		answer, err := sensors.ParseControl(line[:len(line)-1])
 		if err != nil {
-			return Control{}, &protocolError{"answer: " + err.Error()}
+			return sensors.Control{}, &protocolError{"answer: " + err.Error()}
 		}
 		if answer.Kind != "" {
 			return answer, nil
@@ -76,7 +78,7 @@ func readAnswer(r *bufio.Reader) (Control, error) {
 }
 
 // greet takes the answer to hello, and with it the place to go on from.
-func (c *Client) greet(ack Control) error {
+func (c *Client) greet(ack sensors.Control) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if ack.Kind != "ack" {
@@ -107,7 +109,7 @@ func (c *Client) readAnswers(r *bufio.Reader) error {
 	}
 }
 
-func (c *Client) answered(answer Control) error {
+func (c *Client) answered(answer sensors.Control) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch answer.Kind {
@@ -120,7 +122,7 @@ func (c *Client) answered(answer Control) error {
 }
 
 // acked drops what the keep has consumed. An ack below that is old news.
-func (c *Client) acked(ack Control) error {
+func (c *Client) acked(ack sensors.Control) error {
 	if ack.Session != c.session {
 		return &protocolError{"acknowledgement for the session " + ack.Session}
 	}
@@ -167,7 +169,7 @@ func (c *Client) hangUp() {
 }
 
 func (c *Client) writeLines(conn net.Conn) error {
-	buf := make([]byte, 0, batchBytes+MaxLine+64)
+	buf := make([]byte, 0, batchBytes+sensors.MaxLine+64)
 	for {
 		buf = c.batch(buf[:0])
 		if len(buf) == 0 {

@@ -1,4 +1,4 @@
-package sensors
+package driver
 
 import (
 	"bufio"
@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"edgekeep/sensors"
 )
 
 // life is one run of the fake keep, from one connection to its crash. What a
@@ -115,7 +117,7 @@ func (k *fakeKeep) live(l life, conn net.Conn) error {
 		}
 		line = strings.TrimSuffix(line, "\n")
 		if line[0] == '#' {
-			c, err := ParseControl([]byte(line))
+			c, err := sensors.ParseControl([]byte(line))
 			if err != nil || c.Kind != "seq" {
 				return fmt.Errorf("%q where only #seq may be: %w", line, err)
 			}
@@ -145,7 +147,7 @@ func (k *fakeKeep) live(l life, conn net.Conn) error {
 			k.committed = append(k.committed, p)
 			if number := uint64(len(k.committed)); k.reject != nil && k.reject(p) {
 				k.rejected[number] = true
-				fmt.Fprintf(conn, "# a comment\n%s\n", Control{Kind: "err", Seq: number, Reason: "by the test"})
+				fmt.Fprintf(conn, "# a comment\n%s\n", sensors.Control{Kind: "err", Seq: number, Reason: "by the test"})
 			}
 		}
 		pending = nil
@@ -160,7 +162,7 @@ func (k *fakeKeep) live(l life, conn net.Conn) error {
 }
 
 func (k *fakeKeep) ack() string {
-	return Control{Kind: "ack", Session: k.session, Seq: uint64(len(k.committed))}.String() + "\n"
+	return sensors.Control{Kind: "ack", Session: k.session, Seq: uint64(len(k.committed))}.String() + "\n"
 }
 
 // script is a keep that says and expects exact bytes: "<" lines are expected

@@ -1,4 +1,4 @@
-package sensors
+package driver
 
 import (
 	"errors"
@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+
+	"edgekeep/sensors"
 )
 
 func TestAnswers(t *testing.T) {
@@ -84,8 +86,8 @@ func TestAnswers(t *testing.T) {
 // hello of the next one: what is written then is numbered anew.
 func TestLateAck(t *testing.T) {
 	c := NewClient("", "s")
-	ack := func(seq uint64) Control { return Control{Kind: "ack", Session: "s", Seq: seq} }
-	pad := strings.Repeat("x", MaxLine-len(" f=000"))
+	ack := func(seq uint64) sensors.Control { return sensors.Control{Kind: "ack", Session: "s", Seq: seq} }
+	pad := strings.Repeat("x", sensors.MaxLine-len(" f=000"))
 	const perBatch = 8 // lines of this size
 	var lines []string
 	for i := range 3 * perBatch {
@@ -121,7 +123,7 @@ func TestLateAck(t *testing.T) {
 func TestHalfClosed(t *testing.T) {
 	socket, listener := listen(t)
 	c := newTestClient(socket, "s")
-	line := []byte(strings.Repeat("x", MaxLine))
+	line := []byte(strings.Repeat("x", sensors.MaxLine))
 	for range 500 { // more than a socket buffers
 		if err := c.Send(t.Context(), line); err != nil {
 			t.Fatal(err)

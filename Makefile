@@ -25,7 +25,7 @@ test-long:
 
 bench: build
 	@$(NEED) swtpm swtpm-tools
-	@bin/edgekeep bench
+	@go run ./testbench/bench
 
 # Every fuzz target for FUZZTIME, one after the other.
 fuzz:

@@ -173,6 +173,7 @@ func (a *Agent) runKeep(ctx context.Context) error {
 		if errors.Is(err, errSpool) {
 			return err // the disk failed: going on could lose what was promised
 		}
+		a.note(func(s *Status) { s.Reason = err.Error() })
 		a.log.Warn("the keep is not to be had; trying again", "err", err)
 		wait.sleep(ctx)
 	}

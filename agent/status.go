@@ -21,8 +21,9 @@ type Status struct {
 	Reason            string           `json:"reason,omitempty"`
 	SpoolChunks       int              `json:"spool_chunks"`
 	SpoolBytes        int64            `json:"spool_bytes"`
-	Readings          uint64           `json:"readings"` // sealed since the keep started
-	Rejected          uint64           `json:"rejected"` // lines
+	Readings          uint64           `json:"readings"`    // sealed since the keep started
+	Rejected          uint64           `json:"rejected"`    // lines
+	TurnedAway        uint64           `json:"turned_away"` // connections of drivers
 	Resends           int              `json:"resends"`
 	RefusedItems      int              `json:"refused_items"`
 	RefusedWatermarks int              `json:"refused_watermarks"`
@@ -79,7 +80,7 @@ func (a *Agent) snapshot(ctx context.Context) Status {
 	defer a.mu.Unlock()
 	s := a.status
 	s.Watermarks = maps.Clone(s.Watermarks)
-	s.Time, s.Phase, s.Epoch = time.Now().UTC(), keep.Phase, keep.Epoch
+	s.Time, s.Phase, s.Epoch, s.TurnedAway = time.Now().UTC(), keep.Phase, keep.Epoch, keep.TurnedAway
 	if keep.Tenant != "" {
 		s.Gateway = keep.Tenant + "/" + keep.Gateway
 	}

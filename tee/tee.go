@@ -65,6 +65,9 @@ type StatusReply struct {
 	TLSKey   []byte   `cbor:"8,keyasint"` // COSE_Key
 	Interval int64    `cbor:"9,keyasint"` // seconds between pulls
 	Sources  []Source `cbor:"10,keyasint"`
+	// TurnedAway counts connections on the ingest socket that were refused: of users
+	// who are no source, and of sources with too many.
+	TurnedAway uint64 `cbor:"11,keyasint"`
 }
 
 // Source counts what one source sent.

@@ -159,7 +159,8 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 	return key
 }
 
-func issue(t testing.TB, c *x509.Certificate, by *maker, key *ecdsa.PrivateKey) *x509.Certificate {
+// issue makes a certificate, which Go itself may refuse to parse.
+func issue(t testing.TB, c *x509.Certificate, by *maker, key *ecdsa.PrivateKey) []byte {
 	t.Helper()
 	c.SerialNumber = big.NewInt(time.Now().UnixNano())
 	if c.NotAfter.IsZero() {
@@ -168,23 +169,15 @@ func issue(t testing.TB, c *x509.Certificate, by *maker, key *ecdsa.PrivateKey) 
 	if by == nil {
 		by = &maker{key, c}
 	}
-	der, err := x509.CreateCertificate(rand.Reader, c, by.cert, &key.PublicKey, by.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	out, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
+	return must(x509.CreateCertificate(rand.Reader, c, by.cert, &key.PublicKey, by.key))
 }
 
 func newMaker(t testing.TB, name string, by *maker) *maker {
 	t.Helper()
 	key := newKey(t)
-	return &maker{key, issue(t, &x509.Certificate{
+	return &maker{key, must(x509.ParseCertificate(issue(t, &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}, by, key)}
+	}, by, key)))}
 }
 
 func TestVerifyEKMade(t *testing.T) {
@@ -226,9 +219,7 @@ func TestVerifyEKMade(t *testing.T) {
 	}
 	for _, x := range tests {
 		t.Run(x.name, func(t *testing.T) {
-			key := newKey(t)
-			der := tryIssue(t, x.cert, x.by, key)
-			_, err := VerifyEK(der, x.cas, published)
+			_, err := VerifyEK(issue(t, x.cert, x.by, newKey(t)), x.cas, published)
 			if x.want == "" && err != nil {
 				t.Fatal(err)
 			}
@@ -237,23 +228,6 @@ func TestVerifyEKMade(t *testing.T) {
 			}
 		})
 	}
-}
-
-// tryIssue is issue for what Go itself may refuse to parse.
-func tryIssue(t testing.TB, c *x509.Certificate, by *maker, key *ecdsa.PrivateKey) []byte {
-	t.Helper()
-	c.SerialNumber = big.NewInt(time.Now().UnixNano())
-	if c.NotAfter.IsZero() {
-		c.NotBefore, c.NotAfter = published.AddDate(-1, 0, 0), published.AddDate(1, 0, 0)
-	}
-	if by == nil {
-		by = &maker{key, c}
-	}
-	der, err := x509.CreateCertificate(rand.Reader, c, by.cert, &key.PublicKey, by.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return der
 }
 
 func must[T any](v T, err error) T {

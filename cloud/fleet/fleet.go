@@ -194,6 +194,7 @@ func (f *Fleet) pull(ctx context.Context, t mqtt.Topic, data []byte) error {
 	half := v.IssuedAt + (v.Expires-v.IssuedAt)/2
 	if !fresh || q.Attest || item.Time >= half || len(q.Pending) > 0 && q.Pending[0].Attest {
 		if item.Challenge, err = f.challenge(ctx, t.Tenant, t.Gateway); err != nil {
+			f.Count("no challenge", err.Error())
 			f.Log.Error("no challenge to be had", "gateway", item.Subject, "err", err)
 		}
 	}

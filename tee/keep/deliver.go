@@ -232,7 +232,8 @@ func (k *Keep) describe() map[string]string {
 		"epoch": k.st.Epoch.String(), "software": k.cfg.Software,
 		"interval": strconv.FormatInt(k.st.Interval, 10),
 	}
-	for _, s := range k.sealer.stats() {
+	sources, _ := k.sealer.stats()
+	for _, s := range sources {
 		state := "fresh"
 		if s.Late {
 			state = "late"

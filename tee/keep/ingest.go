@@ -68,9 +68,11 @@ func (k *Keep) admit(conn net.Conn) (*ingestConn, error) {
 	defer s.mu.Unlock()
 	src, ok := s.sources[uid]
 	if !ok {
+		s.turnedAway++
 		return nil, fmt.Errorf("user %d is no configured source", uid)
 	}
 	if len(src.conns) >= maxConns {
+		s.turnedAway++
 		return nil, fmt.Errorf("source %s has %d connections already", src.cfg.Name, maxConns)
 	}
 	c := &ingestConn{conn: conn, s: s, src: src, acks: make(chan struct{}, 1), bucket: src.cfg.Rate, filled: time.Now()}

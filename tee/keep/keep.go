@@ -221,8 +221,8 @@ func (k *Keep) status(tee.Status) (tee.StatusReply, error) {
 	r := tee.StatusReply{
 		Phase: k.phase, Reason: k.reason, EKHash: k.ekHash,
 		Tenant: k.st.Tenant, Gateway: k.st.Gateway, Command: k.st.Command, Interval: k.st.Interval,
-		Sources: k.sealer.stats(),
 	}
+	r.Sources, r.TurnedAway = k.sealer.stats()
 	if k.phase == tee.PhaseEnrolled {
 		r.Epoch = k.st.Epoch.String()
 		r.TLSKey = k.st.keys[attest.PurposeTLS]

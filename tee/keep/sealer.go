@@ -42,6 +42,8 @@ type sealer struct {
 	tickets  uint64
 	arrived  chan struct{} // closed and replaced when the queue grows
 	draining bool
+
+	turnedAway uint64 // connections
 }
 
 type queued struct {
@@ -339,8 +341,9 @@ func (s *sealer) after(ticket uint64) []tee.Chunk {
 	return out
 }
 
-// stats returns a copy of the counts, in the order of the configuration.
-func (s *sealer) stats() []tee.Source {
+// stats returns a copy of the counts, in the order of the configuration, and how
+// many connections were turned away.
+func (s *sealer) stats() ([]tee.Source, uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make([]tee.Source, 0, len(s.cfg.Sources))
@@ -350,12 +353,13 @@ func (s *sealer) stats() []tee.Source {
 		st.Connected, st.Late = len(src.conns) > 0, time.Since(src.seen) > c.Freshness
 		out = append(out, st)
 	}
-	return out
+	return out, s.turnedAway
 }
 
 func (s *sealer) health() []attest.SourceHealth {
 	var out []attest.SourceHealth
-	for _, st := range s.stats() {
+	sources, _ := s.stats()
+	for _, st := range sources {
 		out = append(out, attest.SourceHealth{Name: st.Name, Late: st.Late})
 	}
 	return out

@@ -16,8 +16,6 @@ import (
 	"edgekeep/agent"
 )
 
-var errNone = errors.New("nothing yet")
-
 // writer is a driver's connection, written to by the test.
 type writer struct {
 	b    *bench

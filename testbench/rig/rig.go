@@ -71,7 +71,9 @@ func New(ctx context.Context, o Options) (*Rig, error) {
 	return r, r.startBroker(ctx)
 }
 
-func (r *Rig) path(parts ...string) string { return filepath.Join(append([]string{r.Dir}, parts...)...) }
+func (r *Rig) path(parts ...string) string {
+	return filepath.Join(append([]string{r.Dir}, parts...)...)
+}
 
 func (r *Rig) startBroker(ctx context.Context) (err error) {
 	if r.Broker != "mosquitto" {

@@ -223,6 +223,7 @@ func (a *Agent) startKeep(ctx context.Context) error {
 	if _, err := a.settle(ctx, out); err != nil {
 		return err
 	}
+	a.note(func(s *Status) { s.Reason = "" })
 	a.setReady(true)
 	return nil
 }

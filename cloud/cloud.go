@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -204,10 +205,15 @@ type reply struct {
 
 // Answer answers requests on a subject, in a queue group, with at most 64 under
 // way. The second level of an "api" subject is the tenant on whose behalf the
-// caller may speak: the server's permissions see to that.
+// caller may speak: the server's permissions see to that. They do not see where a
+// caller wants its answer, which we may publish anywhere: it goes to an inbox or
+// nowhere.
 func Answer[Req, Rep any](ctx context.Context, b *Bus, subject, queue string, f func(ctx context.Context, subject string, r Req) (Rep, error)) error {
 	slots := make(chan struct{}, 64)
 	sub, err := b.NC.QueueSubscribe(subject, queue, func(m *nats.Msg) {
+		if !strings.HasPrefix(m.Reply, inbox) {
+			return
+		}
 		select {
 		case slots <- struct{}{}:
 		default:

@@ -19,6 +19,7 @@ import (
 	"github.com/nats-io/nkeys"
 
 	"edgekeep/mqtt"
+	"edgekeep/tee/attest"
 )
 
 // ServerConfig configures the embedded server.
@@ -214,6 +215,9 @@ func (s *Server) permit(ctx context.Context, req *jwt.AuthorizationRequestClaims
 	}
 	u.Name = role + " " + cn
 	tenant, name, _ := strings.Cut(cn, "/")
+	if role != RoleMonitor && (!attest.ValidName(tenant) || !attest.ValidName(name)) {
+		return nil, fmt.Errorf("the certificate's common name %.64q is not tenant/name", cn) // it becomes part of a subject
+	}
 	switch {
 	case role == RoleGateway && overMQTT:
 		if req.ClientInformation.MQTT != mqtt.ClientID(tenant, name) {
@@ -252,10 +256,14 @@ func allow(u *jwt.UserClaims, pub, sub []string) {
 	u.Permissions.Sub.Allow = sub
 }
 
+// inbox begins every subject that answers come on: NATS's own, which the roles
+// use, and those of Inbox.
+const inbox = "_INBOX"
+
 // Inbox is the prefix under which a person's answers come, so that nobody else
 // can listen to them.
 func Inbox(leaf *x509.Certificate) string {
-	return "_INBOX_" + hex.EncodeToString(leaf.SerialNumber.Bytes())
+	return inbox + "_" + hex.EncodeToString(leaf.SerialNumber.Bytes())
 }
 
 // verified returns the client's certificate, nil if it showed none, and an error

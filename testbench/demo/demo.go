@@ -62,10 +62,11 @@ type Demo struct {
 	control string
 	tap     *tap
 
-	mu    sync.Mutex // protects what follows
-	seen  map[string]int
-	view  view
-	count Result
+	mu     sync.Mutex // protects what follows
+	seen   map[string]int
+	sealed bool // the canary went through, sealed
+	view   view
+	count  Result
 }
 
 // Run runs the demo and prints its result as the last line on out. The error is
@@ -370,6 +371,7 @@ func (d *Demo) consumeOnce(ctx context.Context, r *client.Reader, wait time.Dura
 			if d.seen[id] > 1 {
 				d.count.Duplicated++
 			}
+			d.sealed = d.sealed || x.Value == d.canary
 			d.view.newest(o.Stream, x, d.canary)
 		}
 	}
@@ -400,6 +402,8 @@ func (d *Demo) finish() error {
 	switch c := d.count; {
 	case c.Readings == 0 || c.Delivered == 0:
 		return errors.New("no reading went through: nothing was shown")
+	case !d.sealed:
+		return errors.New("the canary did not go through: that it was found nowhere proves nothing")
 	case c.Lost != 0 || c.Duplicated != 0:
 		return fmt.Errorf("%d readings were lost and %d doubled", c.Lost, c.Duplicated)
 	case c.PlaintextHits != 0:

@@ -27,7 +27,7 @@ type view struct {
 
 type line struct{ name, value string }
 
-// newest remembers the newest value of each quantity, at most ten.
+// newest remembers the newest value of a few quantities of each stream.
 func (v *view) newest(stream string, r sealing.Reading, canary string) {
 	value := fmt.Sprintf("%v %s", r.Value, r.Unit)
 	if f, ok := r.Value.(float64); ok {
@@ -37,11 +37,17 @@ func (v *view) newest(stream string, r sealing.Reading, canary string) {
 		value = canary[:14] + "… (opened by the consumer; nowhere else)"
 	}
 	l := line{stream + "  " + r.Name, value}
-	i := slices.IndexFunc(v.readings, func(x line) bool { return x.name == l.name })
-	switch {
-	case i >= 0:
-		v.readings[i] = l
-	case len(v.readings) < 10:
+	of := 0 // the stream's lines: each has room for four
+	for i, x := range v.readings {
+		if x.name == l.name {
+			v.readings[i] = l
+			return
+		}
+		if strings.HasPrefix(x.name, stream+"  ") {
+			of++
+		}
+	}
+	if of < 4 {
 		v.readings = append(v.readings, l)
 		slices.SortFunc(v.readings, func(a, b line) int { return strings.Compare(a.name, b.name) })
 	}
@@ -143,9 +149,9 @@ func (d *Demo) verdictText() string {
 
 func (d *Demo) watermarkText() string {
 	var parts []string
-	for _, s := range d.gw.Sources {
+	for _, s := range d.sources() {
 		if m, ok := d.view.status.Watermarks[s]; ok && len(m.Epoch) >= 16 {
-			parts = append(parts, fmt.Sprintf("%s %s:%d", s, strings.TrimLeft(m.Epoch[:16], "0"), m.Seq))
+			parts = append(parts, fmt.Sprintf("%s epoch %s record %d", s, strings.TrimLeft(m.Epoch[:16], "0"), m.Seq))
 		}
 	}
 	if len(parts) == 0 {

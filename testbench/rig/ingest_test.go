@@ -189,9 +189,10 @@ func (b *bench) writerSoon(g *Gateway, line string) *writer {
 	b.t.Helper()
 	for {
 		w := b.writer(g, "machine")
-		w.lines(line)
-		if _, err := w.in.Peek(1); err == nil {
-			return w
+		if _, err := io.WriteString(w.conn, line+"\n"); err == nil {
+			if _, err := w.in.Peek(1); err == nil {
+				return w
+			}
 		}
 		w.conn.Close()
 		if b.ctx.Err() != nil {

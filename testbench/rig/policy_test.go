@@ -54,6 +54,10 @@ func TestNoPolicy(t *testing.T) {
 		t.Errorf("%d chunks were accepted without a policy", n)
 	}
 	b.must(os.WriteFile(b.PolicyPath(), policy, 0o600))
+	_, v, err := b.op.Attest(b.ctx, "gw1")
+	if b.must(err); !v.Affirming() {
+		t.Errorf("with the policy back the verdict is %+v", v.Checks)
+	}
 	r := b.read(g, "machine")
 	r.upTo(1)
 }

@@ -35,11 +35,11 @@ fuzz:
 
 check:
 	go vet ./...
-	@out=$$(go run mvdan.cc/gofumpt@v0.9.2 -l $(GO_FILES)); test -z "$$out" || { echo "gofumpt: $$out"; exit 1; }
+	@out=$$(go run mvdan.cc/gofumpt@v0.12.0 -l $(GO_FILES)); test -z "$$out" || { echo "gofumpt: $$out"; exit 1; }
 	@out=$$(go fix -diff ./... 2>&1); test -z "$$out" || { echo "$$out"; echo "run: go fix ./..."; exit 1; }
 	go mod tidy -diff
 	go run honnef.co/go/tools/cmd/staticcheck@v0.8.2 ./...
-	go run golang.org/x/tools/cmd/deadcode@v0.36.0 -test ./... | { ! grep .; }
+	go run golang.org/x/tools/cmd/deadcode@v0.52.0 -test ./... | { ! grep .; }
 	go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0 run
 	@$(MAKE) -s api-text | diff docs/api.txt - || { echo "the API changed: make api, and look at the diff"; exit 1; }
 

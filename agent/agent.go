@@ -60,9 +60,8 @@ type Agent struct {
 	pool *x509.CertPool
 	keep *tee.Socket // short requests; Take has a socket of its own
 
-	step    sync.Mutex // one exchange with its Commits at a time
-	started chan struct{}
-	kick    chan struct{} // ask the cloud at once
+	step sync.Mutex    // one exchange with its Commits at a time
+	kick chan struct{} // ask the cloud at once
 
 	mu     sync.Mutex // protects what follows
 	spools map[string]*spool

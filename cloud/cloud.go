@@ -53,8 +53,10 @@ func Open(ctx context.Context, nc *nats.Conn, replicas int) (*Bus, error) {
 		subj string
 		per  int64
 	}{
-		{&b.Rec, "REC", "rec.>", -1}, {&b.Fork, "FORK", "fork.>", 10_000},
-		{&b.Evidence, "EVID", "ev.>", 64}, {&b.Findings, "FIND", "find.>", 1000},
+		{&b.Rec, "REC", "rec.>", -1},
+		{&b.Fork, "FORK", "fork.>", 10_000},
+		{&b.Evidence, "EVID", "ev.>", 64},
+		{&b.Findings, "FIND", "find.>", 1000},
 	} {
 		if *s.to, err = js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 			Name: s.name, Subjects: []string{s.subj}, Storage: jetstream.FileStorage, Replicas: replicas,
@@ -68,8 +70,13 @@ func Open(ctx context.Context, nc *nats.Conn, replicas int) (*Bus, error) {
 		name string
 		ttl  time.Duration
 	}{
-		{&b.EKs, "eks", 0}, {&b.Gateways, "gateways", 0}, {&b.Latest, "latest", 0}, {&b.Hellos, "hellos", 0},
-		{&b.Commands, "commands", 0}, {&b.Verdicts, "verdicts", time.Hour}, {&b.Keys, "keys", 0},
+		{&b.EKs, "eks", 0},
+		{&b.Gateways, "gateways", 0},
+		{&b.Latest, "latest", 0},
+		{&b.Hellos, "hellos", 0},
+		{&b.Commands, "commands", 0},
+		{&b.Verdicts, "verdicts", time.Hour},
+		{&b.Keys, "keys", 0},
 	} {
 		if *k.to, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 			Bucket: k.name, Storage: jetstream.FileStorage, Replicas: replicas, TTL: k.ttl, History: 1,

@@ -136,9 +136,10 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 		if i == len(q.Pending) {
 			return errNotWaited
 		}
+		sequence := q.Pending[i].Sequence
 		// A command is answered in order; what came before it was never accepted.
 		q.Pending = append([]Pending(nil), q.Pending[i+1:]...)
-		q.Results = append(q.Results, Outcome{Sequence: r.Sequence, Message: data, Result: r})
+		q.Results = append(q.Results, Outcome{Sequence: sequence, Message: data, Result: r})
 		if n := len(q.Results); n > maxResults {
 			q.Results = q.Results[n-maxResults:]
 		}
@@ -170,7 +171,9 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 
 var errNotWaited = errors.New("nobody waits for this")
 
+// answers reports whether a result is the answer to a command. One that refuses
+// may have no sequence: the keep could not read it.
 func answers(r message.Result, p Pending) bool {
 	sum := sha256.Sum256(p.Message)
-	return string(r.Command) == string(sum[:])
+	return string(r.Command) == string(sum[:]) && (r.Sequence == p.Sequence || r.Sequence == 0 && !r.Done)
 }

@@ -46,6 +46,7 @@ type vouched struct {
 const (
 	workers     = 4
 	queueLength = 256
+	maxHinted   = 10_000
 	verdictAge  = 2 * time.Second // how long a verdict is used without looking for a newer one
 )
 

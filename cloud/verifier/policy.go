@@ -74,7 +74,7 @@ func ParsePolicy(raw []byte) (Policy, error) {
 		for k, v := range r.PCRs {
 			i, err := strconv.Atoi(k)
 			b, hexErr := hex.DecodeString(v)
-			if err != nil || i < 0 || i > 15 || hexErr != nil || len(b) != 32 || strings.ToLower(v) != v {
+			if err != nil || strconv.Itoa(i) != k || i < 0 || i > 15 || hexErr != nil || len(b) != 32 || strings.ToLower(v) != v {
 				return Policy{}, fmt.Errorf("reference %q: pcr %q: 0 to 15, and 64 lower-case hexadecimal digits", r.Name, k)
 			}
 			ref.PCRs[i] = v

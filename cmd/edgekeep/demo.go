@@ -26,7 +26,7 @@ func (a *app) demoCommand() *cobra.Command {
 			if err != nil {
 				return fmt.Errorf("looking for the other programs: %w", err)
 			}
-			o.Bin, o.Seconds = filepath.Dir(exe), time.Duration(seconds)*time.Second
+			o.Bin, o.For = filepath.Dir(exe), time.Duration(seconds)*time.Second
 			if f, ok := a.out.(*os.File); ok && !a.json {
 				if w, _, err := term.GetSize(int(f.Fd())); err == nil && term.IsTerminal(int(f.Fd())) {
 					o.Screen, o.Width = true, w

@@ -161,7 +161,7 @@ func childLimit(dir string) error {
 		return err
 	}
 	for range 3 {
-		if _, err := l.Append(context.Background(), []byte("more")); err != first {
+		if _, err := l.Append(context.Background(), []byte("more")); !errors.Is(err, first) {
 			return fmt.Errorf("append after a failure: %w, want the first cause", err)
 		}
 	}

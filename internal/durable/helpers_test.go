@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -147,9 +148,7 @@ func (im image) restore(t tester, dir string) {
 
 func (im image) with(name string, b []byte) image {
 	out := image{}
-	for k, v := range im {
-		out[k] = v
-	}
+	maps.Copy(out, im)
 	out[name] = b
 	return out
 }

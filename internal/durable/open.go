@@ -46,7 +46,8 @@ func (o *Options) validate() error {
 func Open(dir string, o Options) (*Log, error) {
 	l := &Log{dir: dir, sync: fdatasync, token: make(chan struct{}, 1), grown: make(chan struct{})}
 	if err := l.open(o); err != nil {
-		if l.closeFiles(); errors.Is(err, ErrCorrupt) {
+		_ = l.closeFiles() // nothing was written
+		if errors.Is(err, ErrCorrupt) {
 			return nil, err
 		}
 		return nil, fmt.Errorf("durable: open log %s: %w", dir, err)

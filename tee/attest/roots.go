@@ -49,8 +49,11 @@ func ParseRoots(bundle []byte) (Trusted, error) {
 		raw  Key
 		to   **ecdsa.PublicKey
 	}{
-		{"operator", r.Operator, &t.Operator}, {"verifier", r.Verifier, &t.Verifier}, {"fleet", r.Fleet, &t.Fleet},
-		{"broker", r.Broker, &t.Broker}, {"owner", r.Owner, &t.Owner},
+		{"operator", r.Operator, &t.Operator},
+		{"verifier", r.Verifier, &t.Verifier},
+		{"fleet", r.Fleet, &t.Fleet},
+		{"broker", r.Broker, &t.Broker},
+		{"owner", r.Owner, &t.Owner},
 	} {
 		pub, err := cose.UnmarshalKey(k.raw)
 		if err != nil {

@@ -55,9 +55,14 @@ type Named struct {
 // List returns the claims that were made, in order.
 func (v Vector) List() []Named {
 	all := []Named{
-		{"instance-identity", v.Instance}, {"configuration", v.Configuration}, {"executables", v.Executables},
-		{"file-system", v.FileSystem}, {"hardware", v.Hardware}, {"runtime-opaque", v.Runtime},
-		{"storage-opaque", v.Storage}, {"sourced-data", v.SourcedData},
+		{"instance-identity", v.Instance},
+		{"configuration", v.Configuration},
+		{"executables", v.Executables},
+		{"file-system", v.FileSystem},
+		{"hardware", v.Hardware},
+		{"runtime-opaque", v.Runtime},
+		{"storage-opaque", v.Storage},
+		{"sourced-data", v.SourcedData},
 	}
 	return slices.DeleteFunc(all, func(n Named) bool { return n.Value == 0 })
 }

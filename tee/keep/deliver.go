@@ -81,7 +81,8 @@ func (k *Keep) deliverBoot(item message.Item, a asked) (tee.Outcome, error) {
 	if err != nil {
 		return tee.Outcome{}, err
 	}
-	if err := v.Usable(item.Subject, k.roots.Tenant, time.Unix(item.Time, 0)); err != nil || len(item.Certificate) == 0 {
+	usable := v.Usable(item.Subject, k.roots.Tenant, time.Unix(item.Time, 0)) == nil
+	if !usable || len(item.Certificate) == 0 {
 		return tee.Outcome{Verdict: item.Verdict}, nil
 	}
 	if !bytes.Equal(v.Cnf.Key, cose.MarshalKey(&k.epochKey.PublicKey)) {

@@ -17,7 +17,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -309,8 +308,4 @@ func (k *Keep) ReadyToSeal() error {
 		return fmt.Errorf("the keep is %s: %s", k.phase, k.reason)
 	}
 	return nil
-}
-
-func shortHex(b []byte) string {
-	return hex.EncodeToString(b[:min(8, len(b))])
 }

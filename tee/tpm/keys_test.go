@@ -5,7 +5,6 @@ import (
 	"crypto"
 	"crypto/ecdh"
 	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/hpke"
 	"crypto/mlkem"
 	"crypto/rand"
@@ -14,6 +13,7 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/google/go-tpm/tpm2"
 	"pgregory.net/rapid"
 )
 
@@ -197,7 +197,10 @@ func TestPublicKeyOfAnotherKind(t *testing.T) {
 			t.Errorf("%x has a name", b)
 		}
 	}
-	if _, err := PublicKey(marshalTemplate(elliptic.P384())); err == nil {
+	p384 := keyTemplate(Signing, nil)
+	parms := must(p384.Parameters.ECCDetail())(t)
+	parms.CurveID = tpm2.TPMECCNistP384
+	if _, err := PublicKey(tpm2.Marshal(p384)); err == nil {
 		t.Error("a P-384 key")
 	}
 }

@@ -106,7 +106,7 @@ func CheckQuote(akPublic []byte, q Signed, qualifying []byte, values map[int][]b
 	slices.Sort(idx)
 	return Quoted{PCRs: idx, Firmware: att.FirmwareVersion, Clock: Clock{
 		ResetCount: att.ClockInfo.ResetCount, RestartCount: att.ClockInfo.RestartCount,
-		Milliseconds: att.ClockInfo.Clock, Safe: bool(att.ClockInfo.Safe),
+		Milliseconds: att.ClockInfo.Clock, Safe: att.ClockInfo.Safe,
 	}}, nil
 }
 

@@ -160,15 +160,6 @@ func TestMakeCredentialForBadKeys(t *testing.T) {
 	}
 }
 
-func marshalTemplate(curve elliptic.Curve) []byte {
-	pub := keyTemplate(Signing, nil)
-	parms, _ := pub.Parameters.ECCDetail()
-	if curve == elliptic.P384() {
-		parms.CurveID = tpm2.TPMECCNistP384
-	}
-	return tpm2.Marshal(pub)
-}
-
 func openRaw(path string) (*Device, error) {
 	t, err := linuxudstpm.Open(path)
 	if err != nil {

@@ -26,12 +26,12 @@ import (
 
 // Options of a demo.
 type Options struct {
-	Dir     string        // created; "" makes a temporary one
-	Bin     string        // directory of the programs
-	Broker  string        // "nats" or "mosquitto"
-	Seconds time.Duration // 0: until ctx ends
-	Screen  bool          // redraw a view instead of printing lines
-	Width   int
+	Dir    string        // created; "" makes a temporary one
+	Bin    string        // directory of the programs
+	Broker string        // "nats" or "mosquitto"
+	For    time.Duration // 0: until ctx ends
+	Screen bool          // redraw a view instead of printing lines
+	Width  int
 }
 
 // Result is the demo's last line. Every figure is counted from what happened.
@@ -189,9 +189,9 @@ func (d *Demo) awaitVerdict(ctx context.Context) error {
 
 // job runs drivers, a consumer and a few commands until the time is over.
 func (d *Demo) job(ctx context.Context) error {
-	if d.o.Seconds > 0 {
+	if d.o.For > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, d.o.Seconds)
+		ctx, cancel = context.WithTimeout(ctx, d.o.For)
 		defer cancel()
 	}
 	if err := d.startDrivers(); err != nil {

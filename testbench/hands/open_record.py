@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -92,9 +93,21 @@ def canonical_simple(size, raw, arg):
     if size == 1:
         need(arg >= 32, "cbor: simple value not in its shortest form")
         return
-    value = cbor2.loads(bytes([0xF8 + {2: 1, 4: 2, 8: 3}[size]]) + raw)
-    shortest = b"\xf9\x7e\x00" if math.isnan(value) else cbor2.dumps(value, canonical=True)
-    need(len(shortest) == 1 + size and shortest[1:] == raw, "cbor: float not in its shortest form")
+    value = struct.unpack({2: ">e", 4: ">f", 8: ">d"}[size], raw)[0]
+    need(shortest_float(value) == raw, "cbor: float not in its shortest form")
+
+
+def shortest_float(value):
+    if math.isnan(value):
+        return b"\x7e\x00"
+    for kind in (">e", ">f"):
+        try:
+            raw = struct.pack(kind, value)
+        except OverflowError:
+            continue
+        if struct.unpack(kind, raw)[0] == value:
+            return raw
+    return struct.pack(">d", value)
 
 
 def decode(b):
@@ -369,7 +382,7 @@ def follows(last, chunk):
     """What a consumer has to tell (§14): is anything missing before this chunk?"""
     first = chunk.first
     if last is None:
-        return None if first[SEQ] == 0 else "it begins with record %d" % first[SEQ]
+        return None if first[SEQ] == 0 and BEFORE not in first else "the stream began before it"
     if last.id == chunk.id:
         same = first[SEQ] == last.seq + 1 and first[PREV] == last.head
         return None if same else "record %d does not follow record %d" % (first[SEQ], last.seq)

@@ -58,9 +58,11 @@ var identities = []struct {
 	{"#", nil, nil},
 	{"ACME/gw1", nil, nil},
 	{"acme/gw1/", nil, nil},
-	{"bridge",
+	{
+		"bridge",
 		[]string{"ek1/acme/gw1/down/item", "ek1/acme/gw2/down/item", "ek1/other/gw1/down/item", "ek1/boot/" + hashA + "/down/item", "ek1/boot/" + hashB + "/down/item", "ek1/bridge/up/hello"},
-		[]string{"ek1/acme/gw1/up/hello", "ek1/acme/gw2/up/hello", "ek1/other/gw1/up/hello", "ek1/boot/" + hashA + "/up/hello", "ek1/boot/" + hashB + "/up/hello"}},
+		[]string{"ek1/acme/gw1/up/hello", "ek1/acme/gw2/up/hello", "ek1/other/gw1/up/hello", "ek1/boot/" + hashA + "/up/hello", "ek1/boot/" + hashB + "/up/hello"},
+	},
 	{"boot:" + hashA, []string{"ek1/boot/" + hashA + "/up/hello"}, []string{"ek1/boot/" + hashA + "/down/item"}},
 	{"boot:" + hashA + "/up", []string{"ek1/boot/" + hashA + "/up/up/hello"}, nil},
 	{"boot:", nil, nil},

@@ -132,14 +132,18 @@ func TestIngest(t *testing.T) {
 
 	// A user who is no source, and a source with too many connections.
 	b.writerAs(g, SourceUID+17).ended("an unknown user")
+	several := []*writer{w}
 	for i := range 3 {
-		b.writer(g, "machine").lines("m v=" + string(rune('4'+i)) + "i " + string(rune('4'+i)))
+		w := b.writer(g, "machine")
+		several = append(several, w)
+		w.lines("m v=" + string(rune('4'+i)) + "i " + string(rune('4'+i)))
 		b.status(g, "another line", func(s agent.Status) bool { return s.Readings == uint64(5+i) })
 	}
 	b.writer(g, "machine").ended("a fifth connection")
 	b.status(g, "two connections turned away", func(s agent.Status) bool { return s.TurnedAway == 2 })
-	w.conn.Close()
-
+	for _, w := range several {
+		w.conn.Close()
+	}
 	b.takeover(g)
 	other.lines("calm v=2i 2")
 
@@ -168,8 +172,7 @@ func (b *bench) takeover(g *Gateway) {
 	first.lines("#seq 1", "m v=7i 7", "broken")
 	first.answer("#err 2 ")
 	first.answer("#ack s1 2\n")
-	second := b.writer(g, "machine")
-	second.lines("#hello 1 s1")
+	second := b.writerSoon(g, "#hello 1 s1")
 	first.ended("a connection that was taken over")
 	second.answer("#ack s1 2\n")
 	second.lines("#seq 2", "m v=666i 666", "m v=8i 8") // 2 is known already

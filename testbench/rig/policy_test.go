@@ -31,6 +31,8 @@ func TestNoPolicy(t *testing.T) {
 		t.Error("it got a certificate without a policy")
 	}
 	b.must(os.WriteFile(b.PolicyPath(), policy, 0o600))
+	b.must(g.KillAgent()) // it would ask again by itself, after half a minute
+	b.must(g.StartAgent(b.ctx))
 	b.affirmed(g)
 	b.status(g, "a connection", func(s agent.Status) bool { return s.Connected })
 

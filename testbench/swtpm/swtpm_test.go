@@ -168,7 +168,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("pcr 7 survived a power cycle: %x", got)
 	}
 	second := readClock(t, again)
-	if second.ResetCount != first.ResetCount+1 || !bool(second.Safe) {
+	if second.ResetCount != first.ResetCount+1 || !second.Safe {
 		t.Errorf("clock after Stop %+v, before %+v: want one more reset and a safe clock", second, first)
 	}
 
@@ -182,7 +182,7 @@ func TestLife(t *testing.T) {
 	if got := readNV(t, last, 0x01c00002); !bytes.Equal(got, ek) {
 		t.Error("another tpm came back after Kill")
 	}
-	if third := readClock(t, last); third.ResetCount != second.ResetCount+1 || bool(third.Safe) {
+	if third := readClock(t, last); third.ResetCount != second.ResetCount+1 || third.Safe {
 		t.Errorf("clock after Kill %+v, before %+v: want one more reset and a clock that may have gone back", third, second)
 	}
 }

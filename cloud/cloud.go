@@ -17,9 +17,11 @@
 package cloud
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -119,6 +121,12 @@ type Gateway struct {
 	Command     uint64    `cbor:"10,keyasint"` // newest accepted, as seen in a result or in evidence
 	Epoch       []byte    `cbor:"11,keyasint"` // newest seen in evidence
 	CertSerial  []byte    `cbor:"12,keyasint"`
+	Former      [][]byte  `cbor:"13,keyasint,omitempty"` // admissions used before AdmissionID; operators alone make it grow
+}
+
+// Used reports whether an admission was used to enrol this gateway.
+func (g Gateway) Used(id []byte) bool {
+	return bytes.Equal(g.AdmissionID, id) || slices.ContainsFunc(g.Former, func(f []byte) bool { return bytes.Equal(f, id) })
 }
 
 // Key is the key of a gateway's entries.

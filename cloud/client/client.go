@@ -13,7 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -78,7 +78,8 @@ func (k *Kit) ConsumerKey() (hpke.PrivateKey, error) {
 // Client is a connection.
 type Client struct {
 	*Kit
-	nc *nats.Conn
+	nc     *nats.Conn
+	denied chan struct{} // the server says that this certificate may not do that
 }
 
 // Connect connects to the kit's server. The connection survives a restart of the
@@ -96,20 +97,43 @@ func (k *Kit) Connect() (*Client, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the kit's certificate: %w", err)
 	}
-	nc, err := nats.Connect(k.Server, nats.Secure(&tls.Config{RootCAs: pool, Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}),
+	c := &Client{Kit: k, denied: make(chan struct{}, 1)}
+	c.nc, err = nats.Connect(k.Server, nats.Secure(&tls.Config{RootCAs: pool, Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}),
 		nats.CustomInboxPrefix(cloud.Inbox(leaf)), nats.MaxReconnects(-1), nats.ReconnectWait(250*time.Millisecond), nats.Timeout(10*time.Second),
-		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {})) // errors come with the requests
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			if errors.Is(err, nats.ErrPermissionViolation) {
+				select {
+				case c.denied <- struct{}{}:
+				default:
+				}
+			}
+		}))
 	if err != nil {
 		return nil, fmt.Errorf("connecting to %s: %w: is edgekeep-cloud running there?", k.Server, err)
 	}
-	return &Client{Kit: k, nc: nc}, nil
+	return c, nil
 }
 
 // Close ends the connection.
 func (c *Client) Close() { c.nc.Close() }
 
 func ask[Rep any](ctx context.Context, c *Client, what string, req any) (Rep, error) {
-	return cloud.Ask[Rep](ctx, c.nc, "api."+c.Tenant+"."+what, req)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var denied atomic.Bool
+	go func() { // ends with ctx
+		select {
+		case <-c.denied:
+			denied.Store(true)
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	rep, err := cloud.Ask[Rep](ctx, c.nc, "api."+c.Tenant+"."+what, req)
+	if err != nil && denied.Load() {
+		err = fmt.Errorf("the certificate in %s may not ask for %s: another kit is needed", c.Dir, what)
+	}
+	return rep, err
 }
 
 // Gateways lists gateways and TPMs that wait for approval.
@@ -231,10 +255,4 @@ func (c *Client) verifyResult(d fleet.Details, r fleet.Outcome) (message.Result,
 		}
 	}
 	return message.Result{}, errors.New("the result is not signed by the gateway's keep")
-}
-
-// SplitSubject splits "tenant/gateway".
-func SplitSubject(s string) (tenant, gateway string) {
-	tenant, gateway, _ = strings.Cut(s, "/")
-	return tenant, gateway
 }

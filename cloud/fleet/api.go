@@ -220,7 +220,7 @@ func (f *Fleet) approve(ctx context.Context, subject string, r Signed) (None, er
 	if err != nil {
 		return None{}, err
 	}
-	if found && string(g.AdmissionID) == string(a.ID) {
+	if found && g.Used(a.ID) {
 		return None{}, errors.New("this approval was used before")
 	}
 	key := hex.EncodeToString(a.EKHash)

@@ -261,6 +261,17 @@ func (g *gateway) publish(kind string, data []byte) {
 	}
 }
 
+// say sends the gateway's word that a chunk is its oldest, and waits until it is
+// heard: words and chunks overtake each other.
+func (g *gateway) say(oldest sealing.Checkpoint) {
+	g.t.Helper()
+	g.publish("hello", must(oldest.Sign(g.key, sealing.TypOldest)))
+	eventually(g.t, "the word is heard", func() bool {
+		got, _, _, err := cloud.Get[sealing.Checkpoint](deadline(g.t), bus.Hellos, cloud.Key(g.tenant, g.name)+"."+oldest.Stream)
+		return err == nil && same(got, oldest)
+	})
+}
+
 // mark waits for the next watermark.
 func (g *gateway) mark() sealing.Checkpoint {
 	g.t.Helper()

@@ -326,13 +326,18 @@ func (f *Fleet) register(ctx context.Context, hash, akName []byte, v attest.Verd
 	}
 	_, err = cloud.Change(ctx, f.Bus.Gateways, cloud.Key(a.Tenant, a.Gateway), func(g *cloud.Gateway, found bool) error {
 		same := found && string(g.AKName) == string(akName) && string(g.EKHash) == string(hash)
-		used := found && string(g.AdmissionID) == string(a.ID)
-		if used && (!same || g.Revoked) {
+		current := found && string(g.AdmissionID) == string(a.ID)
+		if found && g.Used(a.ID) && (!current || !same || g.Revoked) {
 			return errors.New("this approval was used: enrolling again needs approval again")
 		}
-		if !used {
+		if !current {
+			former := g.Former
+			if found {
+				former = append(former, g.AdmissionID)
+			}
 			*g = cloud.Gateway{
 				Tenant: a.Tenant, Name: a.Gateway, EKHash: hash, AKName: akName, AdmissionID: a.ID, Enrolled: cloud.SerialTime(serial),
+				Former: former,
 			}
 		}
 		g.CertSerial, g.CertExpires = serial, expires

@@ -46,7 +46,6 @@ type vouched struct {
 const (
 	workers     = 4
 	queueLength = 256
-	maxHinted   = 10_000
 	verdictAge  = 2 * time.Second // how long a verdict is used without looking for a newer one
 )
 

@@ -69,7 +69,7 @@ func TestIngestRepeatedAndReordered(t *testing.T) {
 }
 
 func TestIngestGap(t *testing.T) {
-	startFleet(t)
+	f, _ := startFleet(t)
 	g := enrolled(t, "acme", "gap")
 	g.store(g.chunk("temp", 1))
 	lost, after := g.chunk("temp", 2), []byte(nil)
@@ -82,15 +82,16 @@ func TestIngestGap(t *testing.T) {
 	word := g.checkpoint("temp")
 	g.publish("hello", must(word.Sign(newKey(), sealing.TypOldest)))
 	g.publish("hello", must(word.Sign(g.key, sealing.TypCheckpoint)))
-	g.publish("hello", must(at.Sign(g.key, sealing.TypOldest)))
 	other := word
 	other.Subject = "acme/other"
 	g.publish("hello", must(other.Sign(g.key, sealing.TypOldest)))
+	eventually(t, "three words are refused", func() bool { return refusals(f, "") == 3 })
+	g.say(at)
 	g.publish("sealed", after)
 	if got := g.mark(); got.Seq != 0 {
 		t.Fatalf("it went on over a gap, to %d", got.Seq)
 	}
-	g.publish("hello", must(word.Sign(g.key, sealing.TypOldest)))
+	g.say(word)
 	g.store(after)
 	g.want("temp", 2, 0, "gap")
 	g.publish("sealed", lost) // it comes after all
@@ -168,7 +169,7 @@ func TestIngestWaitsForWhatTheKeepDoesNotKnow(t *testing.T) {
 		t.Fatal("the new epoch came first: the agent will throw away what is under way")
 	}
 	g.store(under)
-	g.publish("hello", must(g.checkpoint("temp").Sign(g.key, sealing.TypOldest)))
+	g.say(g.checkpoint("temp"))
 	g.store(after)
 	g.want("temp", 3, 0, "gap")
 }
@@ -187,10 +188,14 @@ func TestIngestRefusals(t *testing.T) {
 		{"one bit of the signature", nil, func(_ *gateway, c []byte) []byte { c[len(c)-1] ^= 1; return c }, "signature"},
 		{"a key that no verdict names", func(g *gateway) { g.key = newKey(); g.streams = map[string]*stream{} }, nil, "no verdict vouches"},
 		{"signed by another key, named as ours", nil, func(g *gateway, c []byte) []byte {
-			evil := newKey()
-			mine := must(g.checkpoint("temp").Sign(evil, sealing.TypCheckpoint))
-			return bytes.Replace(c, g.position(c).Signer, signerOf(mine), 1)
-		}, "no verdict vouches"},
+			theirs := must(g.checkpoint("temp").Sign(newKey(), sealing.TypCheckpoint))
+			forged, pos, err := sealing.ParseChunk(c)
+			if err != nil {
+				panic(err)
+			}
+			forged.Checkpoint = bytes.Replace(theirs, signerOf(theirs), pos.Signer, 1)
+			return forged.Marshal()
+		}, "verify"},
 		{"another gateway's chunk", func(g *gateway) { g.name += "x" }, func(g *gateway, c []byte) []byte { g.name = strings.TrimSuffix(g.name, "x"); return c }, "the chunk is of"},
 		{"no verdict", func(g *gateway) {
 			if err := bus.Latest.Purge(deadline(g.t), cloud.Key(g.tenant, g.name)); err != nil {
@@ -208,12 +213,12 @@ func TestIngestRefusals(t *testing.T) {
 		{"a verdict for another tenant", func(g *gateway) { v := g.verdict(); v.Audience = "globex"; g.setVerdict(v) }, nil, "for globex"},
 		{"a verdict by the operator", func(g *gateway) { g.setVerdictBy(g.verdict(), signers["acme"]["operator"]) }, nil, "verdict"},
 		{"a verdict by another tenant's verifier", func(g *gateway) { g.setVerdictBy(g.verdict(), signers["globex"]["verifier"]) }, nil, "verdict"},
-		{"a revoked gateway", func(g *gateway) { g.change(func(e *cloud.Gateway) { e.Revoked = true }) }, nil, "no such gateway"},
+		{"a revoked gateway", func(g *gateway) { g.change(func(e *cloud.Gateway) { e.Revoked = true }) }, nil, "is revoked"},
 		{"a gateway that is gone", func(g *gateway) {
 			if err := bus.Gateways.Purge(deadline(g.t), cloud.Key(g.tenant, g.name)); err != nil {
 				g.t.Fatal(err)
 			}
-		}, nil, "no such gateway"},
+		}, nil, "is enrolled"},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			f, stop := startFleet(t) // with nothing remembered
@@ -227,13 +232,16 @@ func TestIngestRefusals(t *testing.T) {
 				data = x.data(g, data)
 			}
 			g.publish("sealed", data)
-			eventually(t, "refused: "+x.reason, func() bool { return refusals(f, x.reason) == 1 })
+			eventually(t, "it is refused", func() bool { return refusals(f, "") == 1 })
+			if refusals(f, x.reason) != 1 {
+				t.Errorf("refused for %v, want %q", f.Metrics.All(), x.reason)
+			}
 			stop()
 			if n, _, _ := g.acks.Pending(); n != 0 {
 				t.Error("it was answered with a watermark")
 			}
 			g.want("temp", 0, 0, "")
-			if x.spoil != nil && x.data == nil {
+			if x.spoil != nil && x.data == nil && !strings.HasPrefix(x.reason, "is ") {
 				if _, err := hints.NextMsgWithContext(deadline(t)); err != nil {
 					t.Error("the gateway was not asked to attest")
 				}
@@ -278,9 +286,7 @@ func TestIngestGarbageDisplacesNothing(t *testing.T) {
 	}
 	g.store(first)
 	g.want("temp", 1, 0, "")
-	if n := refusals(f, ""); n != 201 {
-		t.Errorf("%d messages were refused, want 201", n)
-	}
+	eventually(t, "all of it is refused", func() bool { return refusals(f, "") == 201 })
 }
 
 // enrolledKey is g with a key that nobody vouches for.

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -91,7 +93,7 @@ func (a *app) report(path string, f *finding, extract string) error {
 		f.OK = f.OK && c.Result != attest.Failed
 	}
 	err := a.print(f, func(w io.Writer) {
-		fmt.Fprintf(w, "%s is a %s\n\n", path, f.Kind)
+		fmt.Fprintf(w, "%s: %s\n\n", path, f.Kind)
 		if f.verdict != nil {
 			printVerdict(w, *f.verdict)
 			fmt.Fprintln(w, "\nChecked here")
@@ -99,12 +101,7 @@ func (a *app) report(path string, f *finding, extract string) error {
 		for _, c := range f.Checks {
 			fmt.Fprintf(w, "  %-7s %-14s %s\n", c.Result, c.Name, c.Detail)
 		}
-		for _, k := range []string{"subject", "stream", "epoch", "seq", "head", "records", "pcrs", "software"} {
-			if v, ok := f.Details[k]; ok {
-				fmt.Fprintf(w, "\n  %s: %v", k, v)
-			}
-		}
-		fmt.Fprintln(w)
+		f.printDetails(w)
 		if extract != "" {
 			fmt.Fprintf(w, "\nWrote the quote in tpm2-tools' formats to %s: README.txt there has the command.\n", extract)
 		}
@@ -113,6 +110,22 @@ func (a *app) report(path string, f *finding, extract string) error {
 		err = errors.New("a check failed")
 	}
 	return err
+}
+
+func (f *finding) printDetails(w io.Writer) {
+	if f.verdict != nil {
+		return // printed before
+	}
+	fmt.Fprintln(w)
+	for _, k := range []string{"subject", "stream", "epoch", "seq", "head", "records", "software"} {
+		if v, ok := f.Details[k]; ok {
+			fmt.Fprintf(w, "  %-9s %v\n", k, v)
+		}
+	}
+	pcrs, _ := f.Details["pcrs"].(map[int]string)
+	for _, i := range slices.Sorted(maps.Keys(pcrs)) {
+		fmt.Fprintf(w, "  pcr %-5d %s\n", i, pcrs[i])
+	}
 }
 
 // loadRoots reads trust roots; nil where there are none.

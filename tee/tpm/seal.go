@@ -198,8 +198,11 @@ func (n *NV) Write(slot int, data []byte) error {
 
 func (d *Device) undefine(index tpm2.TPMHandle) error {
 	pub, err := tpm2.NVReadPublic{NVIndex: index}.Execute(d.tpm)
+	if errors.Is(err, tpm2.TPMRCHandle) {
+		return nil // not defined: nothing to remove
+	}
 	if err != nil {
-		return nil //nolint:nilerr // not defined: nothing to remove
+		return err
 	}
 	_, err = tpm2.NVUndefineSpace{
 		AuthHandle: tpm2.TPMRHOwner,

@@ -225,35 +225,43 @@ func TestRedefinedNV(t *testing.T) {
 }
 
 // TestCutDefineNV cuts the connection after each command of a DefineNV in turn, before or
-// after the TPM has done the command.
+// after the TPM has done the command, where nothing was defined and over a complete
+// definition.
 func TestCutDefineNV(t *testing.T) {
-	d := open(t)
-	whole := d.tpm
 	for _, late := range []bool{false, true} {
-		for i := range 3 {
+		for _, over := range []bool{false, true} {
+			cutDefineNV(t, late, over)
+		}
+	}
+}
+
+func cutDefineNV(t *testing.T, late, over bool) {
+	d := open(t)
+	defer d.Close()
+	whole := d.tpm
+	for n := 0; ; n++ {
+		if n > 300 {
+			t.Fatal("DefineNV never ends")
+		}
+		if over && n > 15 {
+			return // what was there is removed: the rest is as if it had not been
+		}
+		for i := 2; i >= 0 && !over; i-- {
 			if err := d.undefine(counterIndex + tpm2.TPMHandle(i)); err != nil {
 				t.Fatal(err)
 			}
 		}
-		done := false
-		for n := 0; !done; n++ {
-			if n > 300 {
-				t.Fatal("DefineNV never ends")
-			}
-			d.tpm = &cutting{TPMCloser: whole, left: n, late: late}
-			_, err := d.DefineNV(measured, auth(4), qualifying)
-			done = err == nil
-			d.tpm = whole
-			if err := d.flushLeftovers(); err != nil {
-				t.Fatal(err)
-			}
-			if !d.HasNV() {
-				if done {
-					t.Error("complete, but HasNV is false")
-				}
-				continue
-			}
-			nv, err := d.OpenNV(measured, auth(4)) // so all of it is there
+		if over {
+			must(d.DefineNV(measured, auth(4), qualifying))(t)
+		}
+		d.tpm = &cutting{TPMCloser: whole, left: n, late: late}
+		_, err := d.DefineNV(measured, auth(4), qualifying)
+		d.tpm = whole
+		if err := d.flushLeftovers(); err != nil {
+			t.Fatal(err)
+		}
+		if d.HasNV() { // so all of it is there
+			nv, err := d.OpenNV(measured, auth(4))
 			if err != nil {
 				t.Fatalf("cut after %d: HasNV is true: %v", n, err)
 			}
@@ -261,6 +269,11 @@ func TestCutDefineNV(t *testing.T) {
 				t.Fatalf("cut after %d: HasNV is true, slot 0 is %x, %v", n, got, err)
 			}
 			must(nv.Read(1))(t)
+		} else if err == nil {
+			t.Fatal("complete, but HasNV is false")
+		}
+		if err == nil {
+			return
 		}
 	}
 }

@@ -161,21 +161,19 @@ type reading struct {
 	Value                  json.RawMessage
 }
 
-// value is a value in the script's spelling: floats always with a point or an
-// exponent, in as many digits as they need.
+// value spells a number or a boolean so that an integer is never equal to a float.
 func value(v any) string {
-	f, ok := v.(float64)
-	if !ok {
-		raw, _ := json.Marshal(v) //nolint:errchkjson // integers, booleans and plain strings
-		return string(raw)
+	if f, ok := v.(float64); ok {
+		return "float " + strconv.FormatUint(math.Float64bits(f), 16)
 	}
-	return "float " + strconv.FormatUint(math.Float64bits(f), 16)
+	return fmt.Sprint(v)
 }
 
-// said is value of what the script printed.
+// said is value of what the script printed, in whose spelling a float, and nothing
+// else, has a point or an exponent.
 func said(raw json.RawMessage) string {
 	s := string(raw)
-	if s[0] == '"' || !strings.ContainsAny(s, ".e") || s == "true" || s == "false" {
+	if !strings.ContainsAny(s, ".e") || s == "true" || s == "false" {
 		return s
 	}
 	f, err := strconv.ParseFloat(s, 64)

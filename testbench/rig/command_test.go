@@ -189,7 +189,11 @@ func TestForgedCommands(t *testing.T) {
 	r := b.read(g, "machine")
 	r.upTo(10)
 	r.equal(counted(1, 10))
-	if res := b.command(g, message.StatusCommand, nil); res.Output["interval"] != "60" {
+	_, v, err = b.op.Attest(b.ctx, "gw1") // which tells the cloud of sequence 5
+	if b.must(err); v.Command != 5 {
+		t.Errorf("the verdict names command %d as the newest accepted", v.Command)
+	}
+	if res := b.command(g, message.StatusCommand, nil); res.Sequence != 6 || res.Output["interval"] != "60" {
 		t.Errorf("status: %v", res.Output)
 	}
 }

@@ -371,10 +371,7 @@ func (l *link) send(s *spool, acked <-chan struct{}) error {
 		return err
 	}
 	for l.ctx.Err() == nil {
-		first := s.log.Next()
-		if p, ok := s.oldest(); ok {
-			first = p.index
-		}
+		first := s.first()
 		if first != lastFirst { // progress
 			lastFirst, resend = first, resendMin
 			deadline = time.Now().Add(resend)

@@ -22,6 +22,7 @@ type spool struct {
 
 	mu        sync.Mutex // protects what follows
 	positions []position // of the entries in the log, oldest first
+	next      uint64     // index after the last of them; the log may be ahead for a moment
 	last      tails
 }
 
@@ -59,6 +60,7 @@ func openSpool(dir, stream string, maxBytes int64) (*spool, error) {
 func (s *spool) tailsPath() string { return s.dir + ".tails" }
 
 func (s *spool) load() error {
+	s.next = s.log.First()
 	raw, err := os.ReadFile(s.tailsPath())
 	if err == nil {
 		err = cose.Unmarshal(raw, &s.last)
@@ -86,6 +88,7 @@ func (s *spool) load() error {
 // note remembers an entry. The caller holds s.mu, or is alone.
 func (s *spool) note(index uint64, c tee.Chunk) {
 	s.positions = append(s.positions, position{index: index, epoch: c.Epoch, seq: c.Seq, head: c.Head})
+	s.next = index + 1
 	s.last.Epoch, s.last.Seq, s.last.Checkpoint = c.Epoch, c.Seq, c.Checkpoint
 }
 
@@ -186,6 +189,17 @@ func (s *spool) oldest() (position, bool) {
 		return position{}, false
 	}
 	return s.positions[0], true
+}
+
+// first is the index of the oldest chunk that is not covered, or of the one to
+// come.
+func (s *spool) first() uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.positions) == 0 {
+		return s.next
+	}
+	return s.positions[0].index
 }
 
 func sha256Sum(b []byte) []byte {

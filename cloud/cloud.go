@@ -135,7 +135,7 @@ func Key(tenant, gateway string) string { return tenant + "." + gateway }
 // Finding is something an operator should know of a gateway.
 type Finding struct {
 	Time   int64  `cbor:"1,keyasint" json:"time"`
-	Kind   string `cbor:"2,keyasint" json:"kind"` // gap, rollback, fork, refused, evidence
+	Kind   string `cbor:"2,keyasint" json:"kind"` // gap, rollback, fork, evidence
 	Stream string `cbor:"3,keyasint" json:"stream,omitempty"`
 	Detail string `cbor:"4,keyasint" json:"detail"`
 }

@@ -3,10 +3,12 @@
 package client
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/hpke"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -215,18 +217,20 @@ func (c *Client) Command(ctx context.Context, gateway, name string, args map[str
 	if _, err := ask[fleet.None](ctx, c, "command.send", fleet.Signed{Message: msg}); err != nil {
 		return message.Result{}, err
 	}
-	return c.result(ctx, gateway, cmd.Sequence)
+	sum := sha256.Sum256(msg)
+	return c.result(ctx, gateway, cmd.Sequence, sum[:])
 }
 
-func (c *Client) result(ctx context.Context, gateway string, sequence uint64) (message.Result, error) {
+// result waits for the result of one command.
+func (c *Client) result(ctx context.Context, gateway string, sequence uint64, hash []byte) (message.Result, error) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		d, err := c.Gateway(ctx, gateway)
 		if err == nil {
 			for _, r := range d.Results {
-				if r.Sequence == sequence {
-					return c.verifyResult(d, r)
+				if bytes.Equal(r.Result.Command, hash) {
+					return c.verifyResult(d, gateway, hash, r.Message)
 				}
 			}
 		}
@@ -239,18 +243,22 @@ func (c *Client) result(ctx context.Context, gateway string, sequence uint64) (m
 }
 
 // verifyResult checks a result with the keys that the gateway's verdict vouches
-// for.
-func (c *Client) verifyResult(d fleet.Details, r fleet.Outcome) (message.Result, error) {
+// for, and that it answers this command to this gateway.
+func (c *Client) verifyResult(d fleet.Details, gateway string, hash, msg []byte) (message.Result, error) {
+	subject := c.Tenant + "/" + gateway
 	v, err := attest.VerifyVerdict(c.Roots.Verifier, d.Summary.Verdict)
 	if err != nil {
 		return message.Result{}, err
+	}
+	if v.Subject != subject || !v.Affirming() {
+		return message.Result{}, fmt.Errorf("no affirming verdict vouches for the keep of %s: its answer counts for nothing", subject)
 	}
 	keys, err := v.DataKeys()
 	if err != nil {
 		return message.Result{}, err
 	}
 	for _, k := range keys {
-		if res, err := message.VerifyResult(k, r.Message); err == nil {
+		if res, err := message.VerifyResult(k, msg); err == nil && res.Subject == subject && bytes.Equal(res.Command, hash) {
 			return res, nil
 		}
 	}

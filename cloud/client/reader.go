@@ -8,6 +8,7 @@ import (
 	"crypto/hpke"
 	"errors"
 	"fmt"
+	"maps"
 	"time"
 
 	"edgekeep/cloud/fleet"
@@ -76,9 +77,11 @@ func (r *Reader) Next(ctx context.Context, wait time.Duration) ([]Opened, error)
 		return nil, err
 	}
 	var out []Opened
+	before := maps.Clone(r.heads)
 	for _, s := range got.Chunks {
 		o, err := r.open(ctx, s)
 		if err != nil {
+			r.heads = before // all of it comes again
 			return nil, fmt.Errorf("gateway %s: %w", s.Gateway, err)
 		}
 		out = append(out, o...)

@@ -162,7 +162,8 @@ type stream struct {
 func enrolled(t testing.TB, tenant, name string) *gateway {
 	t.Helper()
 	g := &gateway{t: t, tenant: tenant, name: name, last: map[string]sealing.Before{}}
-	if err := cloud.Put(deadline(t), bus.Gateways, cloud.Key(tenant, name), cloud.Gateway{Tenant: tenant, Name: name, EKHash: make([]byte, 32)}, 0); err != nil {
+	entry := cloud.Gateway{Tenant: tenant, Name: name, EKHash: make([]byte, 32), CertExpires: time.Now().AddDate(1, 0, 0).Unix()}
+	if err := cloud.Put(deadline(t), bus.Gateways, cloud.Key(tenant, name), entry, 0); err != nil {
 		t.Fatal(err)
 	}
 	g.acks = must(bus.NC.SubscribeSync("ek1." + tenant + "." + name + ".down.ack"))

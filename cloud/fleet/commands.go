@@ -110,6 +110,9 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 	if err != nil {
 		return err
 	}
+	if err := v.Usable(t.Tenant+"/"+t.Gateway, t.Tenant, f.Now()); err != nil {
+		return err
+	}
 	keys, err := v.DataKeys()
 	if err != nil {
 		return err

@@ -155,6 +155,10 @@ func (b *Broker) recipient(t cloud.Tenant, r Request) (hpke.PublicKey, string, e
 		if err := v.Usable(v.Subject, t.Tenant, b.Now()); err != nil {
 			return nil, "", fmt.Errorf("the recipient may not open this: %w", err)
 		}
+		_, name, _ := strings.Cut(v.Subject, "/")
+		if _, err := b.grant(t, "gateway-"+name, message.Grant{Tenant: t.Tenant, Consumer: name, Gateway: true}); err != nil {
+			return nil, "", err
+		}
 		to, err := cose.UnmarshalHPKEKey(v.Keys[attest.PurposeReceive])
 		if err != nil {
 			return nil, "", fmt.Errorf("the recipient's verdict names no receiving key: %w", err)
@@ -164,32 +168,42 @@ func (b *Broker) recipient(t cloud.Tenant, r Request) (hpke.PublicKey, string, e
 	return nil, "", errors.New("for whom? a consumer's name or a gateway's verdict is needed")
 }
 
-// consumer looks a grant up: grants/{name}.cbor in the tenant's directory, signed
-// by the data owner.
+// consumer returns the key of a granted consumer.
 func (b *Broker) consumer(t cloud.Tenant, name string) (hpke.PublicKey, string, error) {
 	if !attest.ValidName(name) {
 		return nil, "", fmt.Errorf("not a consumer's name: %.64q", name)
 	}
-	msg, err := os.ReadFile(filepath.Join(t.Dir, "grants", name+".cbor"))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, "", fmt.Errorf("%s has no grant of the data owner: `edgekeep data grant %s` makes one", name, name)
-	}
+	g, err := b.grant(t, name, message.Grant{Tenant: t.Tenant, Consumer: name})
 	if err != nil {
-		return nil, "", fmt.Errorf("reading the grant of %s: %w", name, err)
-	}
-	g, err := message.VerifyGrant(t.Owner, msg)
-	if err != nil {
-		return nil, "", fmt.Errorf("the grant of %s: %w", name, err)
-	}
-	if g.Tenant != t.Tenant || g.Consumer != name {
-		return nil, "", fmt.Errorf("the grant filed under %s is of %s/%s", name, g.Tenant, g.Consumer)
-	}
-	if g.Expires != 0 && b.Now().Unix() >= g.Expires {
-		return nil, "", fmt.Errorf("the grant of %s has expired", name)
+		return nil, "", err
 	}
 	to, err := cose.UnmarshalHPKEKey(g.Key)
 	if err != nil {
 		return nil, "", fmt.Errorf("the grant of %s: %w", name, err)
 	}
 	return to, name, nil
+}
+
+// grant looks a grant up, grants/{file}.cbor in the tenant's directory, signed by
+// the data owner: who may read changes under no other key. It must be for whom
+// want says.
+func (b *Broker) grant(t cloud.Tenant, file string, want message.Grant) (message.Grant, error) {
+	msg, err := os.ReadFile(filepath.Join(t.Dir, "grants", file+".cbor"))
+	if errors.Is(err, os.ErrNotExist) {
+		return message.Grant{}, fmt.Errorf("%s has no grant of the data owner: `edgekeep data grant` makes one", want.Consumer)
+	}
+	if err != nil {
+		return message.Grant{}, fmt.Errorf("reading the grant of %s: %w", want.Consumer, err)
+	}
+	g, err := message.VerifyGrant(t.Owner, msg)
+	if err != nil {
+		return g, fmt.Errorf("the grant of %s: %w", want.Consumer, err)
+	}
+	if g.Tenant != want.Tenant || g.Consumer != want.Consumer || g.Gateway != want.Gateway {
+		return g, fmt.Errorf("the grant filed under %s is for another: %s/%s", file, g.Tenant, g.Consumer)
+	}
+	if g.Expires != 0 && b.Now().Unix() >= g.Expires {
+		return g, fmt.Errorf("the grant of %s has expired", want.Consumer)
+	}
+	return g, nil
 }

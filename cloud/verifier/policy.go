@@ -62,7 +62,7 @@ func ParsePolicy(raw []byte) (Policy, error) {
 		return Policy{}, err
 	}
 	if u := md.Undecoded(); len(u) > 0 {
-		return Policy{}, fmt.Errorf("unknown key %q", u[0].String())
+		return Policy{}, fmt.Errorf("line %d: unknown key %q", line(raw, u[0][len(u[0])-1]), u[0].String())
 	}
 	sum := sha256.Sum256(raw)
 	p := Policy{ID: "sha-256:" + hex.EncodeToString(sum[:])}
@@ -94,6 +94,17 @@ func ParsePolicy(raw []byte) (Policy, error) {
 		}
 	}
 	return p, nil
+}
+
+// line finds the first line that has a key or table of this name.
+func line(raw []byte, key string) int {
+	for i, l := range strings.Split(string(raw), "\n") {
+		name, _, _ := strings.Cut(l, "=")
+		if l = strings.Trim(name, " \t\r[]\"'"); l == key || strings.HasSuffix(l, "."+key) {
+			return i + 1
+		}
+	}
+	return 1
 }
 
 // PCRs are the PCRs that any reference names, ascending.

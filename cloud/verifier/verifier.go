@@ -170,7 +170,7 @@ func (v *Verifier) judge(ctx context.Context, r AppraiseRequest, t cloud.Tenant,
 	evidenceHash := sha256.Sum256(r.Evidence)
 	verdict := attest.Verdict{
 		Subject: r.Tenant + "/" + r.Gateway, Audience: r.Tenant,
-		IssuedAt: v.Now().Unix(), Expires: g.Challenge.Issued + int64(policy.Lifetime/time.Second),
+		IssuedAt: v.Now().Unix(), NotBefore: g.Challenge.Issued, Expires: g.Challenge.Issued + int64(policy.Lifetime/time.Second),
 		Cnf: g.Claims.Cnf, Nonce: g.Challenge.Nonce, Profile: attest.VerdictProfile,
 		Submods: map[string]attest.Appraisal{attest.Submodule: {
 			Status: a.vector.Status(), Vector: a.vector, Policies: []string{policy.ID},
@@ -186,15 +186,14 @@ func (v *Verifier) judge(ctx context.Context, r AppraiseRequest, t cloud.Tenant,
 	return v.store(ctx, r, g, verdict, msg)
 }
 
-// store keeps the verdict if it is the first for its challenge.
+// store keeps the verdict if it is the first for its challenge, and returns the
+// first. Everything after that may be repeated: a replica that died in between is
+// finished by the next one that is shown the evidence.
 func (v *Verifier) store(ctx context.Context, r AppraiseRequest, g attest.Genuine, verdict attest.Verdict, msg []byte) ([]byte, error) {
-	err := cloud.Put(ctx, v.Bus.Verdicts, hex.EncodeToString(verdict.ChallengeHash), Bytes{Data: msg}, 0)
+	id := hex.EncodeToString(verdict.ChallengeHash)
+	err := cloud.Put(ctx, v.Bus.Verdicts, id, Bytes{Data: msg}, 0)
 	if errors.Is(err, cloud.ErrConflict) {
-		first, _, ok, err := cloud.Get[Bytes](ctx, v.Bus.Verdicts, hex.EncodeToString(verdict.ChallengeHash))
-		if err == nil && !ok {
-			err = errors.New("the first verdict for this challenge is gone already")
-		}
-		return first.Data, err
+		return v.first(ctx, r, id)
 	}
 	if err != nil {
 		return nil, err
@@ -203,35 +202,70 @@ func (v *Verifier) store(ctx context.Context, r AppraiseRequest, g attest.Genuin
 	if _, err := v.Bus.JS.Publish(ctx, "ev."+key, r.Evidence); err != nil {
 		return nil, fmt.Errorf("keeping the evidence: %w", err)
 	}
-	if _, err := cloud.Change(ctx, v.Bus.Gateways, key, func(gw *cloud.Gateway, found bool) error {
-		if !found || string(gw.AKName) != string(r.AKName) {
+	if err := v.remember(ctx, key, r.AKName, g, verdict.Affirming()); err != nil {
+		return nil, err
+	}
+	v.Log.Info("verdict", "gateway", verdict.Subject, "status", attest.Tier(verdict.Appraisal().Status))
+	return msg, v.publish(ctx, key, verdict, msg)
+}
+
+// first returns the verdict that was made first for a challenge.
+func (v *Verifier) first(ctx context.Context, r AppraiseRequest, id string) ([]byte, error) {
+	b, _, ok, err := cloud.Get[Bytes](ctx, v.Bus.Verdicts, id)
+	if err == nil && !ok {
+		err = errors.New("the first verdict for this challenge is gone already")
+	}
+	if err != nil {
+		return nil, err
+	}
+	verdict, err := attest.PeekVerdict(b.Data)
+	if err != nil {
+		return nil, err
+	}
+	return b.Data, v.publish(ctx, cloud.Key(r.Tenant, r.Gateway), verdict, b.Data)
+}
+
+// remember notes what later evidence must not go back behind. The TPM's clock is
+// the TPM's own word; epoch and command are the keep's, which counts only where it
+// is the approved one.
+func (v *Verifier) remember(ctx context.Context, key string, akName []byte, g attest.Genuine, affirming bool) error {
+	_, err := cloud.Change(ctx, v.Bus.Gateways, key, func(gw *cloud.Gateway, found bool) error {
+		if !found || string(gw.AKName) != string(akName) {
 			return errNotEnrolled
 		}
 		if gw.Clock.Before(g.Quoted.Clock) {
 			gw.Clock = g.Quoted.Clock
+		}
+		if !affirming {
+			return nil
 		}
 		gw.Command = max(gw.Command, g.Claims.Command)
 		if len(g.Claims.Epoch) > 0 && string(gw.Epoch) < string(g.Claims.Epoch) {
 			gw.Epoch = g.Claims.Epoch
 		}
 		return nil
-	}); err != nil && !errors.Is(err, errNotEnrolled) {
-		return nil, err
+	})
+	if errors.Is(err, errNotEnrolled) {
+		return nil
 	}
-	// The newest by the TPM's own order is what counts: verdicts may be made out of
-	// order.
-	_, err = cloud.Change(ctx, v.Bus.Latest, key, func(b *Bytes, found bool) error {
-		if old, err := attest.PeekVerdict(b.Data); found && err == nil && old.IssuedAt > verdict.IssuedAt {
+	return err
+}
+
+// publish makes a verdict the gateway's newest, unless there is one on a newer
+// challenge: evidence that was held back must not bring an old verdict back.
+func (v *Verifier) publish(ctx context.Context, key string, verdict attest.Verdict, msg []byte) error {
+	_, err := cloud.Change(ctx, v.Bus.Latest, key, func(b *Bytes, found bool) error {
+		old, err := attest.PeekVerdict(b.Data)
+		if found && err == nil && (old.NotBefore > verdict.NotBefore || old.NotBefore == verdict.NotBefore && old.IssuedAt > verdict.IssuedAt) {
 			return errOlder
 		}
 		b.Data = msg
 		return nil
 	})
 	if err != nil && !errors.Is(err, errOlder) {
-		return nil, err
+		return err
 	}
-	v.Log.Info("verdict", "gateway", verdict.Subject, "status", attest.Tier(verdict.Appraisal().Status))
-	return msg, v.Bus.NC.Publish("verdict."+key, msg)
+	return v.Bus.NC.Publish("verdict."+key, msg)
 }
 
 var (

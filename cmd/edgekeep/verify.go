@@ -73,7 +73,7 @@ func (a *app) verifyCommand() *cobra.Command {
 				if f.Kind != "evidence" {
 					return fmt.Errorf("--extract takes the TPM quote out of evidence; this is a %s", f.Kind)
 				}
-				if err := error(nil); err != nil { // EXTRACT
+				if err := attest.Extract(extract, raw); err != nil {
 					return err
 				}
 			}

@@ -156,7 +156,7 @@ func testVerdict(t testing.TB) Verdict {
 	t.Helper()
 	v := Vector{Instance: 2, Configuration: 2, Executables: 2, Hardware: 2, Storage: 2}
 	return Verdict{
-		Subject: "acme/gw7", Audience: "acme", Expires: testIssued + 600, IssuedAt: testIssued + 1,
+		Subject: "acme/gw7", Audience: "acme", Expires: testIssued + 600, NotBefore: testIssued, IssuedAt: testIssued + 1,
 		Cnf: Confirmation{Key: cose.MarshalKey(&testKey(t, epochSigner).PublicKey)}, Nonce: testChallenge.Nonce, Profile: VerdictProfile,
 		Submods:       map[string]Appraisal{Submodule: {Status: v.Status(), Vector: v, Policies: []string{"acme-1"}}},
 		VerifierID:    VerifierID{Developer: "edgekeep", Build: "1.0"},

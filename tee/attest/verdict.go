@@ -105,6 +105,7 @@ type Verdict struct {
 	Subject       string               `cbor:"2,keyasint"` // tenant/gateway
 	Audience      string               `cbor:"3,keyasint"` // tenant
 	Expires       int64                `cbor:"4,keyasint"` // Unix seconds, counted from the challenge's issue
+	NotBefore     int64                `cbor:"5,keyasint"` // when the challenge was issued
 	IssuedAt      int64                `cbor:"6,keyasint"`
 	Cnf           Confirmation         `cbor:"8,keyasint"`
 	Nonce         []byte               `cbor:"10,keyasint"`

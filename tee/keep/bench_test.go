@@ -28,7 +28,7 @@ func benchSealer(b *testing.B) (*sealer, *source, sealing.Pack, int) {
 		b.Fatal(err)
 	}
 	s := newSealer(Config{Sources: []SourceConfig{{Name: "s", UID: 1, Freshness: time.Hour, Rate: 1}}, Flush: time.Hour}, key)
-	s.begin("acme/gw1", data.PublicKey(), sealing.NewEpoch(1, [8]byte{}), sealing.Epoch{}, nil)
+	s.begin(beginning{subject: "acme/gw1", data: data.PublicKey(), epoch: sealing.NewEpoch(1, [8]byte{})})
 	var pack sealing.Pack
 	for i := 0; pack.Size() < maxContent; i++ {
 		pack.Add(sealing.Reading{Name: sealing.Name("machine", nil, "temperature"), Unit: "Cel", Time: int64(i) * 1e8, Value: 70 + float64(i)/1000})

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"edgekeep/internal/cose"
-	"edgekeep/sealing"
 	"edgekeep/tee"
 	"edgekeep/tee/attest"
 	"edgekeep/tee/message"
@@ -81,6 +80,9 @@ func (k *Keep) deliverBoot(item message.Item, a asked) (tee.Outcome, error) {
 	if err != nil {
 		return tee.Outcome{}, err
 	}
+	if s := k.subject(); s != "" && item.Subject != s {
+		return tee.Outcome{}, fmt.Errorf("the delivery is for %q, this is %s", printable(item.Subject), s)
+	}
 	usable := v.Usable(item.Subject, k.roots.Tenant, time.Unix(item.Time, 0)) == nil
 	if !usable || len(item.Certificate) == 0 {
 		return tee.Outcome{Verdict: item.Verdict}, nil
@@ -100,7 +102,7 @@ func (k *Keep) deliverBoot(item message.Item, a asked) (tee.Outcome, error) {
 	next.Tenant, next.Gateway, next.Roots = tenant, gateway, item.Roots
 	return k.step(next, func() (tee.Outcome, error) {
 		k.phase, k.reason = tee.PhaseEnrolled, ""
-		k.sealer.begin(k.subject(), k.roots.Data, k.st.Epoch, sealing.Epoch{}, nil)
+		k.sealer.begin(beginning{subject: k.subject(), data: k.roots.Data, epoch: k.st.Epoch})
 		k.log.Info("enrolled", "gateway", k.subject())
 		return out, nil
 	})
@@ -218,10 +220,9 @@ func (k *Keep) execute(c message.Command, next *state, res *message.Result) (eff
 		if err != nil {
 			return nil, err
 		}
-		previous := next.Epoch
 		next.Epoch = epoch
 		res.Output = map[string]string{"epoch": epoch.String()}
-		effect = func() { k.sealer.begin(k.subject(), k.roots.Data, epoch, previous, nil) }
+		effect = func() { k.sealer.begin(beginning{subject: k.subject(), data: k.roots.Data, epoch: epoch}) }
 	default:
 		return nil, fmt.Errorf("unknown command %q", c.Name) // CheckCommand knows better: our own bug
 	}

@@ -8,6 +8,7 @@ import (
 	"crypto/hpke"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -83,25 +84,45 @@ func newSealer(cfg Config, key *ecdsa.PrivateKey) *sealer {
 	return s
 }
 
-// begin starts an epoch: what waits is sealed under the old one first. ends says
-// where streams ended before this keep started; previous is the epoch before.
-func (s *sealer) begin(subject string, data hpke.PublicKey, epoch, previous sealing.Epoch, ends map[string]end) {
+// beginning is what an epoch begins with.
+type beginning struct {
+	subject string
+	data    hpke.PublicKey
+	epoch   sealing.Epoch
+
+	// Only at the first epoch of this start: the epoch before, which streams there
+	// were in it, and where streams ended as far as it is known.
+	previous sealing.Epoch
+	known    []string
+	ends     map[string]end
+}
+
+// begin starts an epoch: what waits is sealed under the old one first.
+func (s *sealer) begin(b beginning) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first := s.subject == ""
 	for _, src := range s.sources {
 		if !first {
 			s.flush(src)
-		} else if e, ok := ends[src.cfg.Name]; ok {
+		} else if e, ok := b.ends[src.cfg.Name]; ok {
 			src.last, src.cursor, src.committed = e, e.Cursor, e.Cursor
-		} else if previous != (sealing.Epoch{}) {
-			src.last = end{Before: sealing.Before{Epoch: previous}} // where it ended is not known
+		} else if slices.Contains(b.known, src.cfg.Name) {
+			src.last = end{Before: sealing.Before{Epoch: b.previous}} // where it ended is not known
 		}
 		src.aead, src.seq, src.prev = nil, 0, make([]byte, 32)
-		src.notify() // who said hello before waits for an answer
 	}
-	s.subject, s.data, s.epoch = subject, data, epoch
+	s.subject, s.data, s.epoch = b.subject, b.data, b.epoch
 	s.room.Broadcast()
+}
+
+// streams are the names of the configured sources.
+func (s *sealer) streams() []string {
+	out := make([]string, 0, len(s.cfg.Sources))
+	for _, c := range s.cfg.Sources {
+		out = append(out, c.Name)
+	}
+	return out
 }
 
 // add takes a line's readings. number is 0 for a line without number. It blocks

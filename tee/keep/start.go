@@ -273,13 +273,13 @@ func (k *Keep) openEpoch(st state) (tee.Outcome, error) {
 	if err != nil {
 		return tee.Outcome{}, err
 	}
-	previous := st.Epoch
-	st.Epoch, st.Key = epoch, cose.MarshalKey(&k.epochKey.PublicKey)
+	previous, known := st.Epoch, st.Streams
+	st.Epoch, st.Key, st.Streams = epoch, cose.MarshalKey(&k.epochKey.PublicKey), k.sealer.streams()
 	return k.step(st, func() (tee.Outcome, error) {
 		k.phase, k.reason = tee.PhaseNew, "not enrolled: an operator has to approve it"
 		if k.st.Tenant != "" {
 			k.phase, k.reason = tee.PhaseEnrolled, ""
-			k.sealer.begin(k.subject(), k.roots.Data, epoch, previous, k.st.Ends)
+			k.sealer.begin(beginning{subject: k.subject(), data: k.roots.Data, epoch: epoch, previous: previous, known: known, ends: k.st.Ends})
 		}
 		k.log.Info("epoch opened", "epoch", epoch.String(), "phase", k.phase)
 		return tee.Outcome{Pull: true}, nil

@@ -52,6 +52,7 @@ type state struct {
 	Epoch     sealing.Epoch         `cbor:"12,keyasint"`
 	Prior     []cose.Raw            `cbor:"13,keyasint,omitempty"` // keys of earlier epochs with data under way
 	Ends      map[string]end        `cbor:"14,keyasint"`
+	Streams   []string              `cbor:"15,keyasint,omitempty"` // of the epoch this state began; those not here are new
 
 	keys map[string]cose.Raw // COSE_Keys of TLS and Receive, derived
 }

@@ -232,8 +232,9 @@ func VerifyAdmission(pub *ecdsa.PublicKey, msg []byte) (Admission, error) {
 type Grant struct {
 	Tenant   string   `cbor:"1,keyasint"`
 	Consumer string   `cbor:"2,keyasint"`
-	Key      cose.Raw `cbor:"3,keyasint"` // HPKE public key, COSE_Key
+	Key      cose.Raw `cbor:"3,keyasint,omitempty"` // HPKE public key, COSE_Key; absent: see Gateway
 	Expires  int64    `cbor:"4,keyasint,omitempty"`
+	Gateway  bool     `cbor:"5,keyasint,omitempty"` // Consumer is a gateway: the receiving key in its verdict
 }
 
 // Sign signs a grant with the data owner's key.

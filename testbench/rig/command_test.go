@@ -31,7 +31,7 @@ func (b *bench) command(g *Gateway, name string, args map[string]string) message
 func TestCommands(t *testing.T) {
 	file := machine(t)
 	b, g := up(t, time.Minute, Options{}, "machine")
-	b.must(g.StartDriver("machine", "replay", file.path, "--speed", file.speed(6*time.Second)))
+	b.must(g.StartDriver("machine", "replay", file.path, "--speed", file.speed(8*time.Second)))
 	r := b.read(g, "machine")
 	r.upTo(1000)
 
@@ -53,10 +53,9 @@ func TestCommands(t *testing.T) {
 		t.Errorf("status: %v", res.Output)
 	}
 	for range 3 {
-		n := len(r.got)
 		res := b.command(g, message.RotateStreamKeys, nil)
-		if r.upTo(n + 3000); r.epochs[len(r.epochs)-1].String() != res.Output["epoch"] {
-			t.Errorf("after the rotation to %s readings come in epoch %s", res.Output["epoch"], r.last.Epoch)
+		for r.last.Epoch.String() != res.Output["epoch"] { // what was sealed before comes first
+			r.upTo(len(r.got) + 1)
 		}
 	}
 	for name, args := range map[string]map[string]string{

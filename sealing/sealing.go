@@ -51,8 +51,9 @@
 // chunk that ends here.
 //
 // A chunk is what travels and is stored as one: [stream key, [+ record],
-// checkpoint], where the checkpoint covers exactly the last record. The first
-// chunk of an epoch carries the stream key; in all others it is empty. A chunk is at most MaxChunk bytes.
+// checkpoint], where the checkpoint covers exactly the last record. A chunk that
+// begins with a record whose seq is a multiple of KeyEvery carries the stream key,
+// so that a spool that lost its beginning can still be read; in others it is empty. A chunk is at most MaxChunk bytes.
 package sealing
 
 import (
@@ -83,6 +84,7 @@ const (
 const (
 	MaxChunk   = 120 << 10 // bytes of an encoded chunk: fits an MQTT payload of 128 KiB
 	MaxContent = 1 << 20   // bytes of a record's content after decompression
+	KeyEvery   = 64        // the stream key comes with record 0 of an epoch, 64, 128, …
 	KeySize    = 32
 	hashSize   = sha256.Size
 	epochSize  = 16
@@ -313,7 +315,7 @@ func parseCheckpoint(payload []byte) (Checkpoint, error) {
 // Chunk is the unit that travels and is stored.
 type Chunk struct {
 	_          struct{} `cbor:",toarray"`
-	StreamKey  []byte   // empty but in an epoch's first chunk
+	StreamKey  []byte   // only in chunks that begin with every KeyEvery-th record
 	Records    [][]byte
 	Checkpoint []byte
 }
@@ -376,8 +378,8 @@ func (c Chunk) position() (Position, error) {
 	if prev.Seq != cp.Seq || !bytes.Equal(cp.Head, Hash(c.Records[len(c.Records)-1])) {
 		return Position{}, errors.New("the checkpoint does not cover the last record")
 	}
-	if (len(c.StreamKey) > 0) != (pos.First.Seq == 0) {
-		return Position{}, errors.New("the stream key comes with an epoch's first record, and only there")
+	if (len(c.StreamKey) > 0) != (pos.First.Seq%KeyEvery == 0) {
+		return Position{}, fmt.Errorf("the stream key comes with every %dth record, and only there", KeyEvery)
 	}
 	if len(c.StreamKey) == 0 {
 		return pos, nil

@@ -68,15 +68,15 @@ func TestParsePolicyRefusals(t *testing.T) {
 		{"a PCR spelt otherwise", `7 = "` + zeros, `07 = "` + zeros, `pcr "07"`},
 		{"a PCR with a plus", `7 = "` + zeros, `"+7" = "` + zeros, `pcr "+7"`},
 		{"one PCR in two spellings", `7 = "` + zeros, "\"07\" = \"" + twos + "\"\n7 = \"" + zeros, `pcr "07"`},
-		{"one PCR twice", `7 = "` + zeros, "7 = \"" + twos + "\"\n7 = \"" + zeros, "line 6"},
+		{"one PCR twice", `7 = "` + zeros, "7 = \"" + twos + "\"\n7 = \"" + zeros, "line 7"},
 		{"a short value", `7 = "00`, `7 = "`, `pcr "7"`},
 		{"a long value", `7 = "`, `7 = "00`, `pcr "7"`},
 		{"a value in capitals", `7 = "00`, `7 = "AA`, `pcr "7"`},
 		{"a value that is no hexadecimal", `7 = "00`, `7 = "xx`, `pcr "7"`},
-		{"a value that is a number", `7 = "` + zeros + `"`, `7 = 5`, "line 6"},
+		{"a value that is a number", `7 = "` + zeros + `"`, `7 = 5`, "incompatible types"},
 		{"other PCRs in one reference", `7 = "` + zeros, `8 = "` + zeros, "other PCRs"},
 		{"a PCR less in one reference", "7 = \"" + zeros + "\"\n", ``, "other PCRs"},
-		{"not TOML", `[[reference]]`, `[[reference`, "line 2"},
+		{"not TOML", `[[reference]]`, `[[reference`, "line 3"},
 	} {
 		text := strings.Replace(example, x.old, x.new, 1)
 		if text == example {

@@ -58,10 +58,11 @@ type source struct {
 	cfg SourceConfig
 
 	// The stream in this epoch.
-	aead cipher.AEAD // nil until its first record
-	seq  uint64
-	prev []byte
-	last end // newest record anywhere; Before of the next epoch
+	aead       cipher.AEAD // nil until its first record
+	seq        uint64
+	prev       []byte
+	keyMessage []byte // the stream key, sealed and signed
+	last       end    // newest record anywhere; Before of the next epoch
 
 	// What waits to be sealed.
 	pack   sealing.Pack
@@ -111,6 +112,7 @@ func (s *sealer) begin(b beginning) {
 			src.last = end{Before: sealing.Before{Epoch: b.previous}} // where it ended is not known
 		}
 		src.aead, src.seq, src.prev = nil, 0, make([]byte, 32)
+		src.notify() // who said hello before waits for an answer
 	}
 	s.subject, s.data, s.epoch = b.subject, b.data, b.epoch
 	s.room.Broadcast()
@@ -272,7 +274,7 @@ func (s *sealer) seal(src *source) (data, checkpoint []byte, err error) {
 		if src.aead, err = sealing.NewAEAD(key); err != nil {
 			return nil, nil, err
 		}
-		chunk.StreamKey, err = sealing.SealStreamKey(s.key, sealing.TypStreamKey, s.subject, src.cfg.Name, s.epoch, key, s.data)
+		src.keyMessage, err = sealing.SealStreamKey(s.key, sealing.TypStreamKey, s.subject, src.cfg.Name, s.epoch, key, s.data)
 		clear(key)
 		if err != nil {
 			return nil, nil, err
@@ -280,6 +282,9 @@ func (s *sealer) seal(src *source) (data, checkpoint []byte, err error) {
 		if src.last.Before.Epoch != (sealing.Epoch{}) {
 			before = &src.last.Before
 		}
+	}
+	if src.seq%sealing.KeyEvery == 0 {
+		chunk.StreamKey = src.keyMessage
 	}
 	record, err := sealing.SealRecord(src.aead, src.cfg.Name, s.epoch, src.seq, src.prev, before, content, s.cfg.Compress)
 	if err != nil {

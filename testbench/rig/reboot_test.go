@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"edgekeep/cloud/keybroker"
 	"edgekeep/tee"
 	"edgekeep/tee/attest"
+	"edgekeep/tee/message"
 )
 
 // reboot cuts the power and switches on again.
@@ -81,6 +83,9 @@ func TestOtherFirmware(t *testing.T) {
 			keybroker.Request{Gateway: "gw1", Stream: "machine", Epoch: epoch[:], Verdict: verdict})
 		return err
 	}
+	grant, err := message.Grant{Tenant: Tenant, Consumer: "gw1", Gateway: true}.Sign(b.key("operator/owner.key"))
+	b.must(err)
+	b.must(os.WriteFile(b.path("cloud/tenants", Tenant, "grants/gateway-gw1.cbor"), grant, 0o600))
 	if err := release(affirming.Verdict); err != nil {
 		t.Errorf("a key for a gateway in good state: %v", err)
 	}

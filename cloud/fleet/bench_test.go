@@ -162,6 +162,7 @@ type stream struct {
 func enrolled(t testing.TB, tenant, name string) *gateway {
 	t.Helper()
 	g := &gateway{t: t, tenant: tenant, name: name, last: map[string]sealing.Before{}}
+	forget(t, cloud.Key(tenant, name))
 	entry := cloud.Gateway{Tenant: tenant, Name: name, EKHash: make([]byte, 32), CertExpires: time.Now().AddDate(1, 0, 0).Unix()}
 	if err := cloud.Put(deadline(t), bus.Gateways, cloud.Key(tenant, name), entry, 0); err != nil {
 		t.Fatal(err)
@@ -171,6 +172,26 @@ func enrolled(t testing.TB, tenant, name string) *gateway {
 	g.start()
 	g.setVerdict(g.verdict())
 	return g
+}
+
+// forget removes what an earlier run of a test has left of a gateway.
+func forget(t testing.TB, key string) {
+	t.Helper()
+	for _, kv := range []jetstream.KeyValue{bus.Gateways, bus.Latest, bus.Commands, bus.EKs} {
+		if err := kv.Purge(deadline(t), key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for prefix, s := range map[string]jetstream.Stream{
+		"rec.": bus.Rec, "fork.": bus.Fork, "find.": bus.Findings,
+		"$KV.hellos.": must(bus.JS.Stream(deadline(t), "KV_hellos")), "$KV.keys.": must(bus.JS.Stream(deadline(t), "KV_keys")),
+	} {
+		for _, subject := range []string{prefix + key, prefix + key + ".>"} {
+			if err := s.Purge(deadline(t), jetstream.WithPurgeSubject(subject)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
 }
 
 func (g *gateway) subject() string { return g.tenant + "/" + g.name }

@@ -239,6 +239,7 @@ func TestRevoked(t *testing.T) {
 			t.Errorf("%s: %v", x.name, got)
 		}
 	}
+	forget(t, strings.Repeat("0", 64))
 	cut := make(chan string, 1)
 	f.Disconnect = func(tenant, gateway string) { cut <- tenant + "/" + gateway }
 	if err := cloud.Put(ctx, bus.EKs, strings.Repeat("0", 64), cloud.EK{Hash: make([]byte, 32), State: cloud.Enrolled}, 0); err != nil {
@@ -265,6 +266,9 @@ func TestAdmissions(t *testing.T) {
 	startFleet(t)
 	ctx := deadline(t)
 	op, other := signers["acme"]["operator"], signers["globex"]["operator"]
+	key := strings.Repeat("a1", 32)
+	forget(t, key)
+	forget(t, "acme.new")
 	hash := func(b byte) []byte { return bytes.Repeat([]byte{b}, 32) }
 	id := func(b byte) []byte { return bytes.Repeat([]byte{b}, 16) }
 	approve := func(as string, by *ecdsa.PrivateKey, a message.Admission) error {
@@ -296,7 +300,6 @@ func TestAdmissions(t *testing.T) {
 	if err := approve("acme", op, good); err != nil {
 		t.Fatal(err)
 	}
-	key := strings.Repeat("a1", 32)
 	if e, _, ok, err := cloud.Get[cloud.EK](ctx, bus.EKs, key); err != nil || !ok || e.State != cloud.Approved {
 		t.Fatalf("it is %s: %v", e.State, err)
 	}

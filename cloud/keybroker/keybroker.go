@@ -155,7 +155,10 @@ func (b *Broker) recipient(t cloud.Tenant, r Request) (hpke.PublicKey, string, e
 		if err := v.Usable(v.Subject, t.Tenant, b.Now()); err != nil {
 			return nil, "", fmt.Errorf("the recipient may not open this: %w", err)
 		}
-		_, name, _ := strings.Cut(v.Subject, "/")
+		tenant, name, _ := strings.Cut(v.Subject, "/")
+		if tenant != t.Tenant || !attest.ValidName(name) {
+			return nil, "", fmt.Errorf("the recipient's verdict is about %.64q, no gateway of %s", v.Subject, t.Tenant)
+		}
 		if _, err := b.grant(t, "gateway-"+name, message.Grant{Tenant: t.Tenant, Consumer: name, Gateway: true}); err != nil {
 			return nil, "", err
 		}

@@ -85,7 +85,7 @@ func (x *booting) item() message.Item {
 	}
 }
 
-// counted waits until the cloud has counted something, by the beginning of its
+// countedAs waits until the cloud has counted something, by the beginning of its
 // reason, as an operator sees it at any gateway.
 func (b *bench) countedAs(gateway, what string) {
 	b.t.Helper()

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"edgekeep/agent"
+	"edgekeep/cloud"
 	"edgekeep/cloud/client"
 	"edgekeep/tee"
 )
@@ -229,8 +230,8 @@ func (b *bench) keep(g *Gateway) tee.StatusReply {
 	return s
 }
 
-// enrolled returns what the cloud's list says of a gateway.
-func (b *bench) listed(name string) (g gatewayEntry, ok bool) {
+// listed returns what the cloud's list says of a gateway.
+func (b *bench) listed(name string) (g cloud.Gateway, ok bool) {
 	b.t.Helper()
 	list, err := b.op.Gateways(b.ctx)
 	b.must(err)

@@ -12,12 +12,9 @@ import (
 	"time"
 
 	"edgekeep/agent"
-	"edgekeep/cloud"
 	"edgekeep/cloud/client"
 	"edgekeep/sealing"
 )
-
-type gatewayEntry = cloud.Gateway
 
 // replay is a file of old readings and what has to arrive of it.
 type replay struct {

@@ -219,12 +219,62 @@ func (a *Agent) startKeep(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if out.Fresh {
+		if err := a.setAside(ctx); err != nil {
+			return err
+		}
+	}
 	if _, err := a.settle(ctx, out); err != nil {
 		return err
 	}
 	a.note(func(s *Status) { s.Reason = "" })
 	a.setReady(true)
 	return nil
+}
+
+// setAside moves the spool of an earlier identity away: nobody can vouch for the
+// keys that signed it any more, so the cloud would refuse it for ever, and what
+// comes after it would wait. It is not deleted: that is for a person to do.
+func (a *Agent) setAside(ctx context.Context) error {
+	a.mu.Lock()
+	if a.link != nil {
+		a.link.cancel()
+	}
+	a.mu.Unlock()
+	for a.linked() {
+		if !sleep(ctx, 10*time.Millisecond) {
+			return ctx.Err()
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.spools) == 0 {
+		return nil
+	}
+	chunks := 0
+	for _, s := range a.spools {
+		n, _ := s.depth()
+		chunks += n
+		if err := s.log.Close(); err != nil {
+			return fmt.Errorf("%w: closing the spool: %w", errSpool, err)
+		}
+	}
+	old := a.path(fmt.Sprintf("spool.%d", time.Now().Unix()))
+	if err := os.Rename(a.path("spool"), old); err != nil {
+		return fmt.Errorf("%w: setting the spool aside: %w", errSpool, err)
+	}
+	if err := os.Mkdir(a.path("spool"), 0o700); err != nil {
+		return fmt.Errorf("%w: making a new spool: %w", errSpool, err)
+	}
+	a.spools = map[string]*spool{}
+	a.log.Warn("the keep has a new identity: the spool of the old one was set aside", "chunks", chunks, "dir", old)
+	return nil
+}
+
+func (a *Agent) linked() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.link != nil
 }
 
 // settle makes the states durable that an outcome asks for, and takes what came

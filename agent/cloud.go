@@ -24,7 +24,7 @@ import (
 // runCloud keeps a connection to the cloud: with the gateway's certificate when
 // there is one that works, else over the boot topics until one was issued.
 func (a *Agent) runCloud(ctx context.Context) error {
-	wait := backoff{min: 500 * time.Millisecond, max: 30 * time.Second}
+	wait := backoff{min: 500 * time.Millisecond, max: 10 * time.Second}
 	refused := 0
 	for ctx.Err() == nil {
 		if !a.isReady() {
@@ -137,22 +137,25 @@ func (k keepSigner) SignMessage(_ io.Reader, text []byte, _ crypto.SignerOpts) (
 
 // link is a live connection of an enrolled gateway.
 type link struct {
-	a     *Agent
-	ctx   context.Context //nolint:containedctx // of the connection: what it started ends with it
-	conn  *mqtt.Conn
-	group *errgroup.Group
-	topic mqtt.Topic
-	acks  map[*spool]chan struct{}
-	items chan []byte
-	marks chan []byte
+	a      *Agent
+	cancel context.CancelFunc
+	ctx    context.Context //nolint:containedctx // of the connection: what it started ends with it
+	conn   *mqtt.Conn
+	group  *errgroup.Group
+	topic  mqtt.Topic
+	acks   map[*spool]chan struct{}
+	items  chan []byte
+	marks  chan []byte
 }
 
 // session is one connection: upload, pull, deliver.
 func (a *Agent) session(ctx context.Context, st tee.StatusReply, cert tls.Certificate) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	cfg := a.tlsConfig()
 	cfg.Certificates = []tls.Certificate{cert}
 	base := mqtt.Topic{Tenant: st.Tenant, Gateway: st.Gateway}
-	l := &link{a: a, topic: base, acks: map[*spool]chan struct{}{}, items: make(chan []byte, 16), marks: make(chan []byte, 256)}
+	l := &link{a: a, cancel: cancel, topic: base, acks: map[*spool]chan struct{}{}, items: make(chan []byte, 16), marks: make(chan []byte, 256)}
 	var err error
 	l.conn, err = mqtt.Dial(ctx, mqtt.Options{
 		URL: a.cfg.Broker, TLS: cfg, ClientID: mqtt.ClientID(st.Tenant, st.Gateway), Username: mqtt.CommonName(st.Tenant, st.Gateway),

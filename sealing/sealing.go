@@ -22,7 +22,9 @@
 //	-70304 prev     bstr .size 32  SHA-256 of the record before; zeros at seq 0
 //	-70305 before   [epoch: bstr, count: uint, head: bstr]  in seq 0 only: where
 //	                the stream ended in the epoch before: how many records, and
-//	                the SHA-256 of the last; head empty: the keep could not know
+//	                the SHA-256 of the last. The keep could not know: count is 0 and
+//	                head empty, or the 16-byte id of an earlier epoch, whose end is
+//	                all that the agent showed it
 //	-70306 encoding "zstd", absent if the content is not compressed
 //
 // A stream key is a COSE_Sign1 by the epoch key (typ TypStreamKey) over a
@@ -128,8 +130,12 @@ type Before struct {
 	_     struct{} `cbor:",toarray"`
 	Epoch Epoch
 	Count uint64 // records in that epoch
-	Head  []byte // SHA-256 of the last one; empty if not known
+	Head  []byte // SHA-256 of the last one; or see Known
 }
+
+// Known reports whether the keep knew where that epoch ended. If not, Head is
+// empty, or the id of the earlier epoch whose end the agent showed instead.
+func (b Before) Known() bool { return len(b.Head) == hashSize }
 
 // Header is a record's protected header.
 type Header struct {
@@ -213,7 +219,7 @@ func parseRecord(record []byte) (Header, cose.Encrypt0, error) {
 		err = errors.New("only an epoch's first record says what was before")
 	case h.Seq == 0 && !bytes.Equal(h.Prev, make([]byte, hashSize)):
 		err = errors.New("an epoch's first record names a record before it")
-	case h.Before != nil && len(h.Before.Head) != 0 && len(h.Before.Head) != hashSize:
+	case h.Before != nil && !h.Before.Known() && (len(h.Before.Head) != 0 && len(h.Before.Head) != epochSize || h.Before.Count != 0):
 		err = errors.New("the head of the epoch before is not of 32 bytes")
 	}
 	if err != nil {

@@ -134,13 +134,14 @@ type Commit struct {
 }
 
 // Outcome answers Start, Deliver and Commit. If Commit is not empty it is a new
-// state to be made durable, and nothing else is set.
+// state to be made durable, and nothing else is set but, for a new identity, Fresh.
 type Outcome struct {
 	Commit      []byte    `cbor:"1,keyasint"`
 	Publish     []Message `cbor:"2,keyasint"`
 	Certificate [][]byte  `cbor:"3,keyasint"` // TLS client chain, DER, when one came
 	Verdict     []byte    `cbor:"4,keyasint"` // the newest verdict, when one came
 	Pull        bool      `cbor:"5,keyasint"` // ask the cloud again at once
+	Fresh       bool      `cbor:"6,keyasint"` // with Commit: a new identity; what is in the spool is of another
 }
 
 // CheckWatermark has the keep verify a watermark, so that the agent may trim.

@@ -91,8 +91,12 @@ func assessBefore(last sealing.Checkpoint, b *sealing.Before, missing func(strin
 		return placement{verdict: next, finding: fork, detail: fmt.Sprintf("the epoch before has the counter value of the one stored, and is another: %s, %s", b.Epoch, last.Epoch)}
 	case b.Epoch != last.Epoch:
 		return placement{verdict: next, finding: rollback, detail: fmt.Sprintf("the gateway knows of data up to epoch %s only, stored is epoch %s", b.Epoch, last.Epoch)}
-	case len(b.Head) == 0:
-		return missing("the keep could not know where the epoch before ended: its agent did not show it")
+	case !b.Known():
+		p := missing("the keep could not know where the epoch before ended: its agent did not show it")
+		if p.verdict == next && len(b.Head) > 0 {
+			p = placement{verdict: next, finding: rollback, detail: fmt.Sprintf("the agent showed the end of epoch %x, stored is data of epoch %s: its spool was put back", b.Head, last.Epoch)}
+		}
+		return p
 	case b.Count < have:
 		return placement{verdict: next, finding: rollback, detail: fmt.Sprintf("the gateway knows of %d records of the epoch before, stored are %d", b.Count, have)}
 	case b.Count > have:
@@ -131,11 +135,11 @@ func denies(first sealing.Header, cp sealing.Checkpoint) bool {
 	case b == nil || b.Epoch.Counter() < cp.Epoch.Counter():
 		return true
 	}
-	return b.Epoch == cp.Epoch && len(b.Head) > 0 && b.Count <= cp.Seq
+	return b.Epoch == cp.Epoch && b.Known() && b.Count <= cp.Seq
 }
 
 func count(b sealing.Before) string {
-	if len(b.Head) == 0 {
+	if !b.Known() {
 		return "nobody knows how many records"
 	}
 	return fmt.Sprintf("%d records", b.Count)

@@ -238,11 +238,11 @@ func (in *ingest) place(ctx context.Context, t mqtt.Topic, c sealing.Chunk, pos 
 	}
 	switch p := assess(h, pos, oldest); p.verdict {
 	case next:
+		if p.finding != "" { // before it is stored: a finding is rather reported twice than never
+			in.report(ctx, t, cp, p)
+		}
 		if err := in.store(ctx, name, c, pos, verdict, data, h); err != nil {
 			return err
-		}
-		if p.finding != "" {
-			in.report(ctx, t, cp, p)
 		}
 		return in.watermark(t, cp)
 	case stored:

@@ -108,13 +108,15 @@ func newKey(t testing.TB) *ecdsa.PrivateKey {
 
 // cloud is the other side: the keys of one tenant's cloud, and what it says.
 type cloud struct {
-	t                                             testing.TB
+	t                                            testing.TB
 	operator, verifier, fleet, broker, owner, ca *ecdsa.PrivateKey
-	data                                          hpke.PrivateKey
-	roots, digest                                 []byte
-	mac                                           []byte
-	now                                           int64
+	data                                         hpke.PrivateKey
+	roots, digest                                []byte
+	mac                                          []byte
+	now                                          int64
 }
+
+var discard = slog.New(slog.DiscardHandler)
 
 const tenant, gw, subject = "acme", "gw1", "acme/gw1"
 
@@ -193,6 +195,8 @@ type gateway struct {
 	ticket                  uint64
 	chunks                  []tee.Chunk
 	ak                      []byte // name
+	last                    []byte // epoch key of the keep before
+	sequence                uint64 // of the newest command
 }
 
 // newGateway is a gateway whose TPM has never seen a keep.
@@ -231,7 +235,7 @@ func wipe(t testing.TB, socket string) {
 func (g *gateway) boot() {
 	g.t.Helper()
 	g.kill()
-	g.keep = must(New(g.cfg, slog.New(slog.DiscardHandler)))(g.t)
+	g.keep = must(New(g.cfg, discard))(g.t)
 	g.ticket = 0
 }
 

@@ -98,7 +98,10 @@ type beginning struct {
 	ends     map[string]end
 }
 
-// begin starts an epoch: what waits is sealed under the old one first.
+// begin starts an epoch: what waits is sealed under the old one first. Each
+// stream opens with a record without readings, so that every epoch has an end to
+// be shown at the next start: an agent that shows none of the epoch before hides
+// something, or its disk lost it, and the record says so.
 func (s *sealer) begin(b beginning) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -106,16 +109,31 @@ func (s *sealer) begin(b beginning) {
 	for _, src := range s.sources {
 		if !first {
 			s.flush(src)
-		} else if e, ok := b.ends[src.cfg.Name]; ok {
-			src.last, src.cursor, src.committed = e, e.Cursor, e.Cursor
-		} else if slices.Contains(b.known, src.cfg.Name) {
-			src.last = end{Before: sealing.Before{Epoch: b.previous}} // where it ended is not known
+		} else {
+			src.resume(b)
 		}
 		src.aead, src.seq, src.prev = nil, 0, make([]byte, 32)
-		src.notify() // who said hello before waits for an answer
 	}
 	s.subject, s.data, s.epoch = b.subject, b.data, b.epoch
+	for _, src := range s.sources {
+		s.push(src)
+		src.notify() // who said hello before waits for an answer
+	}
 	s.room.Broadcast()
+}
+
+// resume takes over where a stream ended before this start.
+func (src *source) resume(b beginning) {
+	e, shown := b.ends[src.cfg.Name]
+	src.cursor, src.committed = e.Cursor, e.Cursor
+	switch {
+	case shown && e.Before.Epoch == b.previous:
+		src.last = e
+	case shown:
+		src.last = end{Before: sealing.Before{Epoch: b.previous, Head: e.Before.Epoch[:]}} // an earlier end: see Before.Known
+	case slices.Contains(b.known, src.cfg.Name):
+		src.last = end{Before: sealing.Before{Epoch: b.previous}}
+	}
 }
 
 // streams are the names of the configured sources.
@@ -238,9 +256,13 @@ func (s *sealer) flushDue(now time.Time) time.Duration {
 
 // flush seals what waits in a source, as one record in one chunk.
 func (s *sealer) flush(src *source) {
-	if src.pack.Readings() == 0 {
-		return
+	if src.pack.Readings() > 0 {
+		s.push(src)
 	}
+}
+
+// push seals what waits in a source, be it nothing, and queues the chunk.
+func (s *sealer) push(src *source) {
 	data, checkpoint, err := s.seal(src)
 	if err != nil {
 		panic("keep: sealing own readings: " + err.Error()) // a bug of ours; better stopped than losing readings silently

@@ -60,11 +60,16 @@ func (k *Keep) restart(r tee.Start) (tee.Outcome, error) {
 	if k.phase != tee.PhaseLocked && !fresh && !bytes.Equal(r.State, cose.MustMarshal(k.ident.env)) {
 		return tee.Outcome{}, errors.New("the state is not the one this keep runs with: restart edgekeep-keep, and give it the newest state")
 	}
+	if t == nil && k.phase == tee.PhaseNew && len(k.st.Key) == 0 {
+		return k.openEpoch(k.st) // the TPM failed after the first Commit
+	}
 	if t == nil {
 		return tee.Outcome{Pull: true}, nil
 	}
 	k.pending = nil
-	return k.step(t.next, t.act) // never durable, so never done: offer it again
+	out, err := k.step(t.next, t.act) // never durable, so never done: offer it again
+	out.Fresh = fresh
+	return out, err
 }
 
 // startNew makes a new identity: storage root, AK, keys. It becomes real with
@@ -95,7 +100,9 @@ func (k *Keep) startNew() (tee.Outcome, error) {
 		return tee.Outcome{}, err
 	}
 	k.phase, k.reason = tee.PhaseNew, "its first state is not durable yet"
-	return k.step(st, func() (tee.Outcome, error) { return k.openEpoch(k.st) })
+	out, err := k.step(st, func() (tee.Outcome, error) { return k.openEpoch(k.st) })
+	out.Fresh = true
+	return out, err
 }
 
 func (k *Keep) newState() (state, error) {

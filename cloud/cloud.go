@@ -62,6 +62,7 @@ func Open(ctx context.Context, nc *nats.Conn, replicas int) (*Bus, error) {
 	} {
 		if *s.to, err = js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 			Name: s.name, Subjects: []string{s.subj}, Storage: jetstream.FileStorage, Replicas: replicas,
+			Duplicates:        24 * time.Hour, // what a gateway sends again for a day is kept aside once
 			MaxMsgsPerSubject: s.per, DenyDelete: s.name == "REC", MaxMsgSize: 256 << 10,
 		}); err != nil {
 			return nil, fmt.Errorf("stream %s: %w", s.name, err)

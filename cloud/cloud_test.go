@@ -102,7 +102,7 @@ func TestChange(t *testing.T) {
 	tries := 0
 	_, err := cloud.Change(ctx, kv, "busy", func(q *question, _ bool) error {
 		tries++
-		_, err := kv.Put(ctx, "busy", []byte(fmt.Sprintf("\xa1\x01\x62%02d", tries)))
+		_, err := kv.Put(ctx, "busy", fmt.Appendf(nil, "\xa1\x01\x62%02d", tries))
 		return err
 	})
 	if !errors.Is(err, cloud.ErrConflict) || tries != 20 {

@@ -207,6 +207,10 @@ func (f *Fleet) findings(ctx context.Context, key string) ([]cloud.Finding, erro
 	return out[max(0, len(out)-20):], nil
 }
 
+// errOtherTPM: epochs are ordered by a counter in the TPM, so a stream cannot go
+// on with another one.
+var errOtherTPM = errors.New("this name is another TPM's, whose streams are stored under it: approve this one under a name of its own")
+
 // approve files the operator's signed word that an EK may enrol.
 func (f *Fleet) approve(ctx context.Context, subject string, r Signed) (None, error) {
 	a, err := f.admission(r.Message)
@@ -219,6 +223,9 @@ func (f *Fleet) approve(ctx context.Context, subject string, r Signed) (None, er
 	g, _, found, err := cloud.Get[cloud.Gateway](ctx, f.Bus.Gateways, cloud.Key(a.Tenant, a.Gateway))
 	if err != nil {
 		return None{}, err
+	}
+	if found && string(g.EKHash) != string(a.EKHash) {
+		return None{}, errOtherTPM
 	}
 	if found && g.Used(a.ID) {
 		return None{}, errors.New("this approval was used before")

@@ -26,6 +26,11 @@ func before(e sealing.Epoch, count uint64, head byte) *sealing.Before {
 	return &sealing.Before{Epoch: e, Count: count, Head: hash(head)}
 }
 
+// putBack is the word of a keep that was shown the end of an earlier epoch only.
+func putBack(e, shown sealing.Epoch) *sealing.Before {
+	return &sealing.Before{Epoch: e, Head: shown[:]}
+}
+
 // unknown is the word of a keep that was not shown where the epoch before ended.
 func unknown(e sealing.Epoch) *sealing.Before { return &sealing.Before{Epoch: e} }
 
@@ -79,6 +84,10 @@ func TestAssess(t *testing.T) {
 		{"a whole epoch of unknown size is lost", stands, at(ep(7), 0, 3, 0, 1, unknown(ep(6))), true, next, gap},
 		{"the keep was not shown the end, which may still come", stands, at(ep(6), 0, 3, 0, 1, unknown(ep(5))), false, wait, ""},
 		{"the keep was not shown the end, and nothing more will come", stands, at(ep(6), 0, 3, 0, 1, unknown(ep(5))), true, next, gap},
+		{"the spool was put back, and the end may still come", stands, at(ep(6), 0, 3, 0, 1, putBack(ep(5), ep(4))), false, wait, ""},
+		{"the spool was put back, and nothing more will come", stands, at(ep(6), 0, 3, 0, 1, putBack(ep(5), ep(4))), true, next, rollback},
+		{"the spool was put back, a whole epoch may still come", stands, at(ep(7), 0, 3, 0, 1, putBack(ep(6), ep(5))), false, wait, ""},
+		{"the spool was put back, a whole epoch is lost", stands, at(ep(7), 0, 3, 0, 1, putBack(ep(6), ep(5))), true, next, gap},
 		{"the keep knows less than is stored", stands, at(ep(6), 0, 3, 0, 1, before(ep(5), 7, 6)), false, next, rollback},
 		{"the keep knows of an earlier epoch only", stands, at(ep(6), 0, 3, 0, 1, before(ep(4), 2, 1)), false, next, rollback},
 		{"the keep knows of no data at all", stands, at(ep(6), 0, 3, 0, 1, nil), false, next, rollback},
@@ -115,7 +124,7 @@ func TestAssessNeverStoresOutOfChainSilently(t *testing.T) {
 	epochs := []sealing.Epoch{ep(1), ep(2), ep(2, 1), ep(3)}
 	var befores []*sealing.Before
 	for _, e := range epochs {
-		befores = append(befores, unknown(e))
+		befores = append(befores, unknown(e), putBack(e, ep(1)))
 		for n := range uint64(4) {
 			befores = append(befores, before(e, n, 0x11), before(e, n, 0x22))
 		}
@@ -211,6 +220,7 @@ func TestAssessOld(t *testing.T) {
 		{"of a lost epoch", &second, gapBefore, at(ep(6), 0, 1, 0, 0x12, nil), aside, gap},
 		{"of a lost epoch that the next one names", &second, gapBefore, at(ep(7), 0, 1, 0, 0x12, nil), aside, gap},
 		{"of an epoch whose end nobody knew", &second, at(ep(8), 0, 3, 0, 0x88, unknown(ep(7))), at(ep(7), 0, 1, 0, 0x12, nil), aside, gap},
+		{"of an epoch whose spool was put back", &second, at(ep(8), 0, 3, 0, 0x88, putBack(ep(7), ep(5))), at(ep(7), 0, 1, 0, 0x12, nil), aside, gap},
 		{"the epoch had ended before", &second, eighth, at(ep(5), 12, 13, 1, 0x77, nil), aside, rollback},
 		{"of an epoch that had no data", &second, eighth, at(ep(6), 0, 1, 0, 0x77, nil), aside, rollback},
 		{"before a stream that was said to be new", nil, at(ep(8), 0, 3, 0, 0x88, nil), at(ep(6), 0, 1, 0, 0x77, nil), aside, rollback},

@@ -261,7 +261,9 @@ func (g *gateway) chunk(name string, n int) []byte {
 		s.seq++
 	}
 	g.last[name] = sealing.Before{Epoch: g.epoch, Count: s.seq, Head: s.prev}
-	c.Checkpoint = must(g.checkpoint(name).Sign(g.key, sealing.TypCheckpoint))
+	cp := g.checkpoint(name)
+	cp.Cursor = &sealing.Cursor{Session: "driver", Line: s.seq}
+	c.Checkpoint = must(cp.Sign(g.key, sealing.TypCheckpoint))
 	return c.Marshal()
 }
 

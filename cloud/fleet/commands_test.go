@@ -307,7 +307,7 @@ func TestAdmissions(t *testing.T) {
 	if _, err := cloud.Change(ctx, bus.EKs, key, func(e *cloud.EK, _ bool) error { e.State = cloud.Enrolled; return nil }); err != nil {
 		t.Fatal(err)
 	}
-	if err := cloud.Put(ctx, bus.Gateways, "acme.new", cloud.Gateway{Tenant: "acme", Name: "new", AdmissionID: good.ID}, 0); err != nil {
+	if err := cloud.Put(ctx, bus.Gateways, "acme.new", cloud.Gateway{Tenant: "acme", Name: "new", EKHash: good.EKHash, AdmissionID: good.ID}, 0); err != nil {
 		t.Fatal(err)
 	}
 	if err := approve("acme", op, good); err == nil {
@@ -319,5 +319,8 @@ func TestAdmissions(t *testing.T) {
 	}
 	if err := approve("acme", op, change(func(a *message.Admission) { a.ID = id(3) })); err != nil {
 		t.Errorf("approving it again: %v", err)
+	}
+	if err := approve("acme", op, change(func(a *message.Admission) { a.ID, a.EKHash = id(4), hash(0xa2) })); err == nil {
+		t.Error("another TPM was approved under the name of one that has streams")
 	}
 }

@@ -325,6 +325,9 @@ func (f *Fleet) register(ctx context.Context, hash, akName []byte, v attest.Verd
 		return nil, err
 	}
 	_, err = cloud.Change(ctx, f.Bus.Gateways, cloud.Key(a.Tenant, a.Gateway), func(g *cloud.Gateway, found bool) error {
+		if found && string(g.EKHash) != string(hash) {
+			return errOtherTPM
+		}
 		same := found && string(g.AKName) == string(akName) && string(g.EKHash) == string(hash)
 		current := found && string(g.AdmissionID) == string(a.ID)
 		if found && g.Used(a.ID) && (!current || !same || g.Revoked) {

@@ -76,7 +76,7 @@ func (b *Broker) release(ctx context.Context, subject string, r Request) (Releas
 	if !attest.ValidName(r.Gateway) || !attest.ValidName(r.Stream) || len(r.Epoch) != 16 {
 		return Release{}, errors.New("which stream key? gateway, stream and epoch are needed")
 	}
-	to, who, err := b.recipient(t, r)
+	to, who, err := b.recipient(ctx, t, r)
 	if err != nil {
 		b.Log.Warn("release refused", "gateway", r.Gateway, "stream", r.Stream, "reason", err)
 		return Release{}, err
@@ -141,7 +141,7 @@ func producer(t cloud.Tenant, subject string, k StreamKey) (*ecdsa.PublicKey, er
 
 // recipient decides whether whoever asks may read, and returns the key to seal
 // to.
-func (b *Broker) recipient(t cloud.Tenant, r Request) (hpke.PublicKey, string, error) {
+func (b *Broker) recipient(ctx context.Context, t cloud.Tenant, r Request) (hpke.PublicKey, string, error) {
 	switch {
 	case r.Consumer != "" && len(r.Verdict) > 0:
 		return nil, "", errors.New("for a consumer or for a gateway, not both")
@@ -161,6 +161,13 @@ func (b *Broker) recipient(t cloud.Tenant, r Request) (hpke.PublicKey, string, e
 		}
 		if _, err := b.grant(t, "gateway-"+name, message.Grant{Tenant: t.Tenant, Consumer: name, Gateway: true}); err != nil {
 			return nil, "", err
+		}
+		g, _, ok, err := cloud.Get[cloud.Gateway](ctx, b.Bus.Gateways, cloud.Key(t.Tenant, name))
+		if err != nil {
+			return nil, "", err
+		}
+		if !ok || g.Revoked {
+			return nil, "", fmt.Errorf("the recipient %s is not enrolled, or revoked", v.Subject)
 		}
 		to, err := cose.UnmarshalHPKEKey(v.Keys[attest.PurposeReceive])
 		if err != nil {

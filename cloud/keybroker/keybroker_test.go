@@ -202,6 +202,7 @@ func TestReleaseToAGateway(t *testing.T) {
 	p := newProducer("producer")
 	p.store(t, "temp", p.message, signed(verdict("acme/producer", "acme", p.key, nil)))
 	grant(t, "gateway-reader", key("acme", "operator/owner.key"), message.Grant{Tenant: "acme", Consumer: "reader", Gateway: true})
+	enrol(t, "reader", false)
 	for _, kem := range []hpke.KEM{hpke.MLKEM768P256(), hpke.DHKEM(ecdh.P256())} {
 		to := must(kem.GenerateKey())
 		r := p.request()
@@ -213,6 +214,22 @@ func TestReleaseToAGateway(t *testing.T) {
 		if _, _, err := sealing.OpenStreamKey(&key("acme", "keys/broker.key").PublicKey, sealing.TypRelease, rel.Message, must(kem.GenerateKey())); err == nil {
 			t.Error("another key opens it")
 		}
+		enrol(t, "reader", true)
+		if _, err := ask(t, "acme", r); err == nil {
+			t.Error("a revoked gateway was given a key")
+		}
+		enrol(t, "reader", false)
+	}
+}
+
+// enrol makes a gateway of tenant acme.
+func enrol(t testing.TB, name string, revoked bool) {
+	t.Helper()
+	if _, err := cloud.Change(deadline(t), bus.Gateways, "acme."+name, func(g *cloud.Gateway, _ bool) error {
+		g.Tenant, g.Name, g.Revoked = "acme", name, revoked
+		return nil
+	}); err != nil {
+		t.Fatal(err)
 	}
 }
 

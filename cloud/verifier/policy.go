@@ -82,6 +82,9 @@ func ParsePolicy(raw []byte) (Policy, error) {
 		if r.Name == "" || len(ref.PCRs) == 0 {
 			return Policy{}, errors.New("a reference without name or PCRs accepts nothing: remove it or fill it in")
 		}
+		if !measured(ref) {
+			return Policy{}, fmt.Errorf("reference %q: all its PCRs are zero: a machine that measured nothing would be acceptable", r.Name)
+		}
 		p.References = append(p.References, ref)
 	}
 	if len(p.References) == 0 {
@@ -105,6 +108,16 @@ func line(raw []byte, key string) int {
 		}
 	}
 	return 1
+}
+
+// measured reports whether any PCR of a reference was extended.
+func measured(r Reference) bool {
+	for _, v := range r.PCRs {
+		if strings.Trim(v, "0") != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // PCRs are the PCRs that any reference names, ascending.

@@ -24,6 +24,7 @@ import (
 	"github.com/google/go-tpm/tpm2/transport/linuxudstpm"
 
 	"edgekeep/internal/cose"
+	"edgekeep/sealing"
 	"edgekeep/tee"
 	"edgekeep/tee/attest"
 	"edgekeep/tee/message"
@@ -409,4 +410,16 @@ func (g *gateway) read(uid uint32) tee.Chunk {
 	g.chunks = append(g.chunks, r.Chunks...)
 	g.checkpoints = append(g.checkpoints, c.Checkpoint)
 	return c
+}
+
+// opening is an epoch's first chunk of a stream, among those taken.
+func (g *gateway) opening(epoch sealing.Epoch, stream string) sealing.Position {
+	g.t.Helper()
+	for _, c := range g.chunks {
+		if c.Stream == stream && sealing.Epoch(c.Epoch) == epoch && c.Seq == 0 {
+			return must2(sealing.ParseChunk(c.Data))(g.t)
+		}
+	}
+	g.t.Fatalf("epoch %s of %s has no first chunk", epoch, stream)
+	return sealing.Position{}
 }

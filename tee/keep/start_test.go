@@ -118,10 +118,25 @@ func TestRestart(t *testing.T) {
 	if prior := third.Claims.Prior; len(prior) != 1 || !bytes.Equal(prior[0], second.Claims.Cnf.Key) {
 		t.Errorf("prior keys: %x", prior)
 	}
-	c := must2(sealing.ParseChunk(g.read(1).Data))(t)
+	g.read(1)
+	opening := g.opening(sealing.Epoch(third.Claims.Epoch), "a")
 	want := sealing.Before{Epoch: after, Count: last.Seq + 1, Head: last.Head}
-	if b := c.First.Before; b == nil || b.Epoch != want.Epoch || b.Count != want.Count || !bytes.Equal(b.Head, want.Head) {
+	if b := opening.First.Before; b == nil || b.Epoch != want.Epoch || b.Count != want.Count || !bytes.Equal(b.Head, want.Head) {
 		t.Errorf("the epoch before: %+v, want %+v", b, want)
+	}
+	// Of stream b the agent showed no end.
+	opening = g.opening(sealing.Epoch(third.Claims.Epoch), "b")
+	if b := opening.First.Before; b == nil || b.Epoch != after || b.Known() || len(b.Head) != 0 {
+		t.Errorf("the epoch before in b: %+v", b)
+	}
+
+	// An agent that shows an end of the epoch before last only.
+	g.checkpoints = g.checkpoints[:1]
+	g.up()
+	g.read(1)
+	opening = g.opening(sealing.Epoch(g.attest().Claims.Epoch), "a")
+	if b := opening.First.Before; b == nil || b.Epoch != sealing.Epoch(third.Claims.Epoch) || b.Known() || !bytes.Equal(b.Head, after[:]) {
+		t.Errorf("the end of an earlier epoch shown: %+v", b)
 	}
 
 	// Nobody gets back before an irreversible step.

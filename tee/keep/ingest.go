@@ -46,7 +46,9 @@ func (k *Keep) Ingest(ctx context.Context, l net.Listener) error {
 			if ctx.Err() == nil {
 				g.Go(func() error { return fmt.Errorf("accepting drivers: %w", err) })
 			}
-			return g.Wait()
+			err := g.Wait()
+			k.sealer.drain() // the other call may not have come to its end
+			return err
 		}
 		c, err := k.admit(conn)
 		if err != nil {

@@ -19,7 +19,7 @@ import (
 
 // world is one source with its driver and its agent, over any number of keeps.
 type world struct {
-	t testing.TB
+	t failer
 
 	// The keep that lives now.
 	s     *sealer
@@ -39,7 +39,7 @@ type world struct {
 	opened *opener
 }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t failer) *world {
 	w := &world{t: t, next: 1, bad: map[uint64]bool{}, opened: newOpener()}
 	w.newKeep(sealing.Epoch{})
 	return w
@@ -206,18 +206,31 @@ func (w *world) settle() {
 // each epoch says truly where the one before it ended.
 func TestSealerModel(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		w := newWorld(t)
+		w := newWorld(rt)
+		w.settle()
+		w.hello()
 		rt.Repeat(map[string]func(*rapid.T){
-			"send":         func(rt *rapid.T) { w.send(false) },
-			"send more":    func(rt *rapid.T) { w.send(false) },
-			"send bad":     func(rt *rapid.T) { w.send(true) },
-			"flush":        func(*rapid.T) { w.s.flushAll() },
-			"take":         func(*rapid.T) { w.take() },
-			"store":        func(rt *rapid.T) { w.store(rapid.IntRange(1, 3).Draw(rt, "chunks")) },
-			"confirm":      func(*rapid.T) { w.confirm() },
-			"hello":        func(*rapid.T) { w.hello() },
-			"rotate":       func(*rapid.T) { w.rotate() },
-			"keep crash":   func(*rapid.T) { w.crash() },
+			"send":      func(rt *rapid.T) { w.send(false) },
+			"send more": func(rt *rapid.T) { w.send(false) },
+			"send bad":  func(rt *rapid.T) { w.send(true) },
+			"seal": func(*rapid.T) { // all of it, but the keep is not told
+				w.s.flushAll()
+				w.take()
+				w.store(math.MaxInt)
+			},
+			"flush":   func(*rapid.T) { w.s.flushAll() },
+			"take":    func(*rapid.T) { w.take() },
+			"store":   func(rt *rapid.T) { w.store(rapid.IntRange(1, 3).Draw(rt, "chunks")) },
+			"confirm": func(*rapid.T) { w.confirm() },
+			"hello":   func(*rapid.T) { w.hello() },
+			"rotate":  func(*rapid.T) { w.rotate() },
+			"keep crash": func(rt *rapid.T) {
+				w.crash()
+				if rapid.Bool().Draw(rt, "the driver is there") {
+					w.settle()
+					w.hello()
+				}
+			},
 			"agent crash":  func(*rapid.T) { w.taken, w.done = nil, 0 },
 			"driver crash": func(*rapid.T) { w.conn = nil },
 		})
@@ -226,14 +239,14 @@ func TestSealerModel(t *testing.T) {
 		w.settle()
 		w.hello()
 		if w.conn == nil {
-			t.Fatal("nothing is under way, and hello is not answered")
+			rt.Fatal("nothing is under way, and hello is not answered")
 		}
 		for w.next <= last {
 			w.send(false)
 		}
 		w.settle()
 		if last > 0 && w.acked < last {
-			t.Fatalf("%d of %d lines are acknowledged", w.acked, last)
+			rt.Fatalf("%d of %d lines are acknowledged", w.acked, last)
 		}
 		w.check(last)
 	})

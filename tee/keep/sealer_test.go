@@ -70,11 +70,11 @@ func (s *sealer) flushAll() {
 }
 
 // chunks takes all that is there after a ticket, without waiting.
-func (s *sealer) chunks(t testing.TB, after, confirm uint64) []tee.Chunk {
+func (s *sealer) chunks(t failer, after, confirm uint64) []tee.Chunk {
 	t.Helper()
 	var out []tee.Chunk
 	for {
-		r, err := s.take(t.Context(), tee.Take{After: after, Confirm: confirm})
+		r, err := s.take(context.Background(), tee.Take{After: after, Confirm: confirm})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -168,7 +168,7 @@ func TestRestart(t *testing.T) {
 	g.attest()
 }
 
-func must2[A, B any](_ A, v B, err error) func(testing.TB) B { return must(v, err) }
+func must2[A, B any](_ A, v B, err error) func(failer) B { return must(v, err) }
 
 // A state of another box, or one whose clear parts were mixed with another's.
 func TestForeignState(t *testing.T) {

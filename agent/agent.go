@@ -118,7 +118,7 @@ func (a *Agent) spool(stream string) (*spool, error) {
 	if s, ok := a.spools[stream]; ok {
 		return s, nil
 	}
-	if filepath.Base(stream) != stream || stream == "." || stream == ".." || len(a.spools) >= 256 {
+	if filepath.Base(stream) != stream || stream == "." || stream == ".." || stream == "/" || len(a.spools) >= 256 {
 		return nil, fmt.Errorf("no spool for a stream named %q", stream)
 	}
 	s, err := openSpool(filepath.Join(a.cfg.State, "spool", stream), stream, a.cfg.SpoolBytes)

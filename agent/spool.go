@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 
 	"edgekeep/internal/cose"
@@ -101,13 +102,10 @@ func (s *spool) tail() (checkpoint, watermark []byte) {
 // append makes chunks durable, but for those that are so already: a keep that
 // was not told offers them again.
 func (s *spool) append(ctx context.Context, chunks []tee.Chunk) error {
-	s.mu.Lock()
-	last := s.last
-	s.mu.Unlock()
 	var fresh []tee.Chunk
 	var entries [][]byte
 	for _, c := range chunks {
-		if bytes.Equal(c.Epoch, last.Epoch) && c.Seq <= last.Seq {
+		if s.has(c) {
 			continue
 		}
 		c.Ticket = 0
@@ -130,6 +128,20 @@ func (s *spool) append(ctx context.Context, chunks []tee.Chunk) error {
 		s.note(end-uint64(len(fresh)-1-i), c)
 	}
 	return nil
+}
+
+// has reports whether a chunk was appended before. One of an epoch that is not the
+// newest is looked for: the keep offers the end of an old epoch and the beginning
+// of the next together.
+func (s *spool) has(c tee.Chunk) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if bytes.Equal(c.Epoch, s.last.Epoch) {
+		return c.Seq <= s.last.Seq
+	}
+	return slices.ContainsFunc(s.positions, func(p position) bool {
+		return bytes.Equal(p.epoch, c.Epoch) && p.seq == c.Seq && bytes.Equal(p.head, c.Head)
+	})
 }
 
 // trim forgets what a watermark covers, which the keep has verified. message is

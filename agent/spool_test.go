@@ -212,8 +212,8 @@ func TestStreamNames(t *testing.T) {
 	}
 }
 
-// big fills a spool of 1 MiB in a few chunks.
-func big(counter byte, seq uint64) tee.Chunk {
+// bulky fills a spool of 1 MiB in a few chunks.
+func bulky(counter byte, seq uint64) tee.Chunk {
 	c := chunk(counter, seq)
 	c.Data = make([]byte, 120<<10)
 	return c
@@ -228,7 +228,7 @@ func TestFullSpoolWaits(t *testing.T) {
 		b := must(a.spool("b"))(t)
 		seq := uint64(0)
 		for ; ; seq++ {
-			if err := s.append(t.Context(), []tee.Chunk{big(1, seq)}); errors.Is(err, durable.ErrFull) {
+			if err := s.append(t.Context(), []tee.Chunk{bulky(1, seq)}); errors.Is(err, durable.ErrFull) {
 				break
 			} else if err != nil {
 				t.Fatal(err)
@@ -241,7 +241,7 @@ func TestFullSpoolWaits(t *testing.T) {
 		other.Stream = "b"
 		done := make(chan error, 1)
 		begin := time.Now()
-		go func() { done <- a.append(t.Context(), []tee.Chunk{big(1, seq), other, big(1, seq+1)}) }()
+		go func() { done <- a.append(t.Context(), []tee.Chunk{bulky(1, seq), other, bulky(1, seq+1)}) }()
 		time.Sleep(time.Minute)
 		if len(done) != 0 {
 			t.Fatalf("it does not wait: %v", <-done)
@@ -270,7 +270,7 @@ func TestLargestBatch(t *testing.T) {
 	for round := range uint64(10) {
 		var batch []tee.Chunk
 		for i := range uint64(5) { // 600 KiB: see maxTaken in package keep
-			batch = append(batch, big(1, 5*round+i))
+			batch = append(batch, bulky(1, 5*round+i))
 		}
 		if err := s.append(t.Context(), batch); err != nil {
 			t.Fatalf("round %d: %v", round, err)

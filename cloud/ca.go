@@ -11,10 +11,8 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"maps"
 	"math/big"
 	"net"
-	"sync"
 	"time"
 
 	"edgekeep/internal/durable"
@@ -132,37 +130,4 @@ func WriteCertificate(path string, certs ...*x509.Certificate) error {
 		out = append(out, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})...)
 	}
 	return durable.WriteFile(path, out, 0o644)
-}
-
-// Counts counts events by what and why, with a bound on how many reasons it
-// tells apart.
-type Counts struct {
-	mu sync.Mutex // protects n
-	n  map[string]uint64
-}
-
-const maxReasons = 200
-
-// Add counts one.
-func (c *Counts) Add(what, why string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.n == nil {
-		c.n = map[string]uint64{}
-	}
-	key := what
-	if why != "" {
-		key += ": " + why
-	}
-	if _, ok := c.n[key]; !ok && len(c.n) >= maxReasons {
-		key = what + ": other"
-	}
-	c.n[key]++
-}
-
-// All returns a copy.
-func (c *Counts) All() map[string]uint64 {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return maps.Clone(c.n)
 }

@@ -136,7 +136,7 @@ func Key(tenant, gateway string) string { return tenant + "." + gateway }
 // Finding is something an operator should know of a gateway.
 type Finding struct {
 	Time   int64  `cbor:"1,keyasint" json:"time"`
-	Kind   string `cbor:"2,keyasint" json:"kind"` // gap, rollback, fork, evidence
+	Kind   string `cbor:"2,keyasint" json:"kind"` // gap, rollback or fork: what a gateway itself has signed
 	Stream string `cbor:"3,keyasint" json:"stream,omitempty"`
 	Detail string `cbor:"4,keyasint" json:"detail"`
 }
@@ -249,7 +249,14 @@ func Answer[Req, Rep any](ctx context.Context, b *Bus, subject, queue string, f 
 	return nil
 }
 
-func answer[Req, Rep any](ctx context.Context, m *nats.Msg, f func(context.Context, string, Req) (Rep, error)) []byte {
+// answer runs one request. A bug of ours that one caller has found must not stop
+// the others: it becomes an error of this answer.
+func answer[Req, Rep any](ctx context.Context, m *nats.Msg, f func(context.Context, string, Req) (Rep, error)) (out []byte) {
+	defer func() {
+		if p := recover(); p != nil {
+			out = cose.MustMarshal(reply{Error: Cut(fmt.Sprintf("internal error: %v", p), 200), Body: cose.Raw{0xf6}})
+		}
+	}()
 	var req Req
 	err := cose.Unmarshal(m.Data, &req)
 	var rep Rep
@@ -260,10 +267,13 @@ func answer[Req, Rep any](ctx context.Context, m *nats.Msg, f func(context.Conte
 	if err == nil {
 		body, err = cose.Marshal(rep)
 	}
-	if err != nil {
-		return cose.MustMarshal(reply{Error: string([]rune(err.Error())), Body: cose.Raw{0xf6}})
+	if err == nil {
+		out, err = cose.Marshal(reply{Body: body}) // too large, perhaps
 	}
-	return cose.MustMarshal(reply{Body: body})
+	if err != nil {
+		return cose.MustMarshal(reply{Error: Cut(err.Error(), 2048), Body: cose.Raw{0xf6}})
+	}
+	return out
 }
 
 // Refused is an error that the other side answered with.

@@ -226,13 +226,13 @@ func TestCounts(t *testing.T) {
 	for i := range 4 {
 		wg.Go(func() {
 			for j := range 300 {
-				c.Add("refused", fmt.Sprint("reason ", i, j))
-				c.Add("stored", "")
+				c.Add("acme", "refused", fmt.Sprint("reason ", i, j))
+				c.Add("acme", "stored", "")
 			}
 		})
 	}
 	wg.Wait()
-	all := c.All()
+	all := c.Of("acme")
 	if len(all) > 203 || all["stored"] != 1200 {
 		t.Errorf("%d reasons, %d stored", len(all), all["stored"])
 	}
@@ -244,7 +244,7 @@ func TestCounts(t *testing.T) {
 		t.Errorf("%d in all", sum)
 	}
 	all["stored"] = 0
-	if c.All()["stored"] != 1200 {
+	if c.Of("acme")["stored"] != 1200 {
 		t.Error("what was given out can be changed")
 	}
 }

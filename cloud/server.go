@@ -16,6 +16,7 @@ import (
 	"github.com/nats-io/jwt/v2"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/nats-io/nkeys"
 
 	"edgekeep/mqtt"
@@ -41,6 +42,7 @@ type Server struct {
 	issuer  nkeys.KeyPair
 	secret  string
 	nc      *nats.Conn
+	stop    context.CancelFunc
 	revoked atomic.Pointer[RevokedFunc]
 }
 
@@ -113,6 +115,19 @@ func StartServer(cfg ServerConfig) (*Server, error) {
 		s.Stop()
 		return nil, fmt.Errorf("the embedded server: %w", err)
 	}
+	if cfg.MQTTPort != 0 {
+		service, err := s.Connect()
+		if err != nil {
+			s.Stop()
+			return nil, err
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		s.stop = cancel
+		go func() { // ends with Stop
+			defer service.Close()
+			s.boundMQTT(ctx, service)
+		}()
+	}
 	return s, s.nc.Flush()
 }
 
@@ -154,6 +169,9 @@ func (s *Server) MQTTAddr() string {
 
 // Stop ends the server in good order.
 func (s *Server) Stop() {
+	if s.stop != nil {
+		s.stop()
+	}
 	if s.nc != nil {
 		s.nc.Close()
 	}
@@ -201,6 +219,9 @@ func (s *Server) permit(ctx context.Context, req *jwt.AuthorizationRequestClaims
 	u := jwt.NewUserClaims(req.UserNkey)
 	u.Audience = server.DEFAULT_GLOBAL_ACCOUNT
 	u.Limits.Subs, u.Limits.Payload, u.Limits.Data = 64, 1<<20, -1
+	if req.ClientInformation.Type == "mqtt" {
+		u.Limits.Payload = mqtt.MaxPayload
+	}
 	overMQTT := req.ClientInformation.Type == "mqtt"
 	leaf, err := s.verified(req.TLS)
 	if err != nil {
@@ -226,7 +247,8 @@ func (s *Server) permit(ctx context.Context, req *jwt.AuthorizationRequestClaims
 		if f := s.revoked.Load(); f == nil || (*f)(ctx, tenant, name, leaf.SerialNumber.Bytes()) {
 			return nil, errors.New("the gateway's certificate is not valid any more")
 		}
-		allow(u, []string{"ek1." + tenant + "." + name + ".up.*"}, []string{"ek1." + tenant + "." + name + ".down.*"})
+		u.Expires = leaf.NotAfter.Unix() // a connection does not outlive its certificate
+		allow(u, topics(tenant, name, "evidence", "sealed", "result", "pull", "hello"), []string{"ek1." + tenant + "." + name + ".down.*"})
 	case role == RoleMonitor && overMQTT:
 		allow(u, []string{"ek1.monitor.>"}, []string{"ek1.>", "ek1"}) // "ek1/#" means both
 	case role == RoleOperator && !overMQTT:
@@ -247,8 +269,50 @@ func permitBoot(u *jwt.UserClaims, req *jwt.AuthorizationRequestClaims, overMQTT
 		return nil, errors.New("a client certificate is needed")
 	}
 	u.Name = "boot " + hash
-	allow(u, []string{"ek1.boot." + hash + ".up.*"}, []string{"ek1.boot." + hash + ".down.*"})
+	allow(u, topics(mqtt.Boot, hash, "enrol", "activate"), []string{"ek1.boot." + hash + ".down.*"})
 	return u, nil
+}
+
+// topics are the subjects of a gateway's own messages of these kinds.
+func topics(tenant, gateway string, kinds ...string) []string {
+	out := make([]string, len(kinds))
+	for i, k := range kinds {
+		out[i] = mqtt.Topic{Tenant: tenant, Gateway: gateway, Up: true, Kind: k}.Subject()
+	}
+	return out
+}
+
+// boundMQTT bounds the streams in which the server keeps what MQTT clients may
+// leave behind: retained messages, sessions, undelivered messages. We need none
+// of it, and a box without certificate could fill the disk with it. The streams
+// come with the first MQTT client, so it looks again until they are there.
+func (s *Server) boundMQTT(ctx context.Context, nc *nats.Conn) {
+	js, err := jetstream.New(nc)
+	if err != nil {
+		return
+	}
+	left := map[string]int64{"$MQTT_rmsgs": 1 << 20, "$MQTT_sess": 16 << 20, "$MQTT_msgs": 64 << 20}
+	for len(left) > 0 {
+		for name, limit := range left {
+			stream, err := js.Stream(ctx, name)
+			if err != nil {
+				continue
+			}
+			cfg := stream.CachedInfo().Config
+			cfg.MaxBytes, cfg.Discard = limit, jetstream.DiscardOld
+			if name == "$MQTT_rmsgs" {
+				cfg.Discard = jetstream.DiscardNew
+			}
+			if _, err := js.UpdateStream(ctx, cfg); err == nil {
+				delete(left, name)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(200 * time.Millisecond):
+		}
+	}
 }
 
 func allow(u *jwt.UserClaims, pub, sub []string) {

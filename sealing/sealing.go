@@ -214,7 +214,7 @@ func parseRecord(record []byte) (Header, cose.Encrypt0, error) {
 	case h.Stream == "" || len(h.Stream) > maxNameLength:
 		err = errors.New("stream name empty or too long")
 	case h.Encoding != "" && h.Encoding != encodingZstd:
-		err = fmt.Errorf("unknown content encoding %q", h.Encoding)
+		err = fmt.Errorf("unknown content encoding %.32q", h.Encoding)
 	case h.Seq > 0 && h.Before != nil:
 		err = errors.New("only an epoch's first record says what was before")
 	case h.Seq == 0 && !bytes.Equal(h.Prev, make([]byte, hashSize)):
@@ -282,6 +282,9 @@ func (c Checkpoint) validate() error {
 
 // Sign signs a checkpoint with the epoch key, or a watermark with the fleet's.
 func (c Checkpoint) Sign(key crypto.Signer, typ string) ([]byte, error) {
+	if err := c.validate(); err != nil {
+		return nil, fmt.Errorf("signing a checkpoint: %w", err)
+	}
 	return cose.Sign1(key, typ, cose.MustMarshal(c))
 }
 

@@ -120,7 +120,10 @@ func TestParseCheckpointRefuses(t *testing.T) {
 	} {
 		c := good
 		change(&c)
-		msg := sign(t, c, TypCheckpoint)
+		if _, err := c.Sign(testKey(t, epochSigner), TypCheckpoint); err == nil {
+			t.Errorf("%s: signed", name)
+		}
+		msg := must(cose.Sign1(testKey(t, epochSigner), TypCheckpoint, cose.MustMarshal(c)))(t)
 		_, err := VerifyCheckpoint(&testKey(t, epochSigner).PublicKey, TypCheckpoint, msg)
 		wantReason(t, name, err, "missing or of the wrong size")
 		_, _, err = PeekCheckpoint(msg)

@@ -313,3 +313,121 @@ func TestServeConnEnds(t *testing.T) {
 		t.Error("it does not end")
 	}
 }
+
+// One connection through everything that a peer may get wrong inside a good
+// frame: each is answered, and the connection goes on.
+func TestServeConnGoesOn(t *testing.T) {
+	client, server := net.Pipe()
+	defer client.Close()
+	done := make(chan error, 1)
+	go func() {
+		done <- ServeConn(t.Context(), server, handler(func(kind int, body []byte) (any, error) {
+			switch kind {
+			case KindTake:
+				return Body[Take](body)
+			case KindPull:
+				return Message{Data: make([]byte, MaxFrame)}, nil
+			}
+			return nil, ErrKind
+		}))
+	}()
+	ask := func(frame []byte) (a answer) {
+		t.Helper()
+		raw, err := exchange(client, frame)
+		if err == nil {
+			err = cose.Unmarshal(raw, &a)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	good := cose.MustMarshal([]any{KindTake, Take{After: 1, Confirm: 2, Wait: 3}})
+	for want, frame := range map[string][]byte{
+		"unknown kind":      cose.MustMarshal([]any{99, Take{}}),
+		"malformed request": cose.MustMarshal([]any{KindTake, "take"}),
+		"too large":         cose.MustMarshal([]any{KindPull, Pull{}}),
+		"malformed":         {0xff},
+		"unexpected EOF":    good[:len(good)-1],
+	} {
+		if a := ask(frame); want != "too large" && !strings.Contains(a.Error, want) || a.Error == "" || !bytes.Equal(a.Body, []byte{0xf6}) {
+			t.Errorf("%s: %+v", want, a)
+		}
+		if a := ask(good); a.Error != "" {
+			t.Errorf("after %s: %+v", want, a)
+		}
+	}
+	client.Close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// A request is sent once: when a connection breaks under it, the caller is told,
+// and only its next call connects again.
+func TestSocketSendsOnce(t *testing.T) {
+	requests := make(chan struct{}, 10)
+	path := listen(t, func(conn net.Conn) {
+		_, _ = readFrame(conn)
+		requests <- struct{}{}
+		conn.Close()
+	})
+	s := &Socket{Path: path}
+	defer s.Close()
+	for n := range 3 {
+		if _, err := (Commit{}).Do(t.Context(), s); err == nil || !strings.Contains(err.Error(), "talking to the keep") {
+			t.Errorf("%d: %v", n, err)
+		}
+		<-requests
+		if len(requests) != 0 {
+			t.Error("the request was sent again")
+		}
+	}
+}
+
+func FuzzFrame(f *testing.F) {
+	f.Add([]byte{0, 0, 0, 1, 0x80})
+	f.Add([]byte{0, 0, 0, 0})
+	f.Add([]byte{0, 0, 0, 9, 1})
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff})
+	f.Add(append([]byte{0, 0, 0, 7}, cose.MustMarshal([]any{3, Take{}})...))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		got, err := readFrame(bytes.NewReader(raw))
+		if err == nil {
+			var again bytes.Buffer
+			if err := writeFrame(&again, got); err != nil || !bytes.HasPrefix(raw, again.Bytes()) {
+				t.Fatalf("%x is written as %x, %v", raw, again.Bytes(), err)
+			}
+		}
+		// The same bytes on a connection: every whole frame is answered by one.
+		client, server := net.Pipe()
+		done := make(chan error, 1)
+		go func() {
+			done <- ServeConn(t.Context(), server, handler(func(int, []byte) (any, error) { return Message{}, nil }))
+		}()
+		frames := 0
+		for rest := raw; ; frames++ {
+			frame, err := readFrame(bytes.NewReader(rest))
+			if err != nil {
+				break
+			}
+			rest = rest[4+len(frame):]
+		}
+		go func() {
+			_, _ = client.Write(raw)
+			_ = client.SetReadDeadline(time.Now().Add(10 * time.Second)) // ends, if an answer is missing
+		}()
+		for range frames {
+			answered, err := readFrame(client)
+			var a answer
+			if err == nil {
+				err = cose.Unmarshal(answered, &a)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		client.Close()
+		<-done
+	})
+}

@@ -162,7 +162,7 @@ func (f *Fleet) show(ctx context.Context, subject string, r Name) (Details, erro
 	if err != nil {
 		return Details{}, err
 	}
-	out := Details{Summary: f.summary(ctx, g), Counts: f.Metrics.All()}
+	out := Details{Summary: f.summary(ctx, g), Counts: f.Metrics.Of(g.Tenant)}
 	key := cloud.Key(g.Tenant, g.Name)
 	info, err := f.Bus.Rec.Info(ctx, jetstream.WithSubjectFilter("rec."+key+".*"))
 	if err != nil {
@@ -235,8 +235,8 @@ func (f *Fleet) approve(ctx context.Context, subject string, r Signed) (None, er
 		if !found {
 			*e = cloud.EK{Hash: a.EKHash, Seen: f.Now().Unix()}
 		}
-		if old, err := f.admission(e.Admission); found && len(e.Admission) > 0 && err == nil && old.Tenant != a.Tenant && e.State == cloud.Enrolled {
-			return errors.New("this TPM is enrolled with another tenant, which has to revoke it first")
+		if old, err := f.admission(e.Admission); err == nil && old.Tenant != a.Tenant && e.State != cloud.Revoked {
+			return errors.New("this TPM is approved or enrolled by another tenant, which has to revoke it first")
 		}
 		e.State, e.Admission, e.Reason = cloud.Approved, r.Message, ""
 		return nil
@@ -263,7 +263,9 @@ func (f *Fleet) revoke(ctx context.Context, subject string, r Name) (None, error
 		return None{}, err
 	}
 	if _, err := cloud.Change(ctx, f.Bus.EKs, hex.EncodeToString(g.EKHash), func(e *cloud.EK, _ bool) error {
-		e.State = cloud.Revoked
+		if a, err := f.admission(e.Admission); err == nil && a.Tenant == g.Tenant && a.Gateway == g.Name {
+			e.State = cloud.Revoked // and not if the TPM is another gateway's by now
+		}
 		return nil
 	}); err != nil {
 		return None{}, err
@@ -284,7 +286,7 @@ func (f *Fleet) attest(ctx context.Context, subject string, r Name) (Saved, erro
 	if g.Revoked {
 		return Saved{}, fmt.Errorf("gateway %s is revoked", g.Name)
 	}
-	key := cloud.Key(g.Tenant, g.Name)
+	key, asked := cloud.Key(g.Tenant, g.Name), f.Now().Unix()
 	sub, err := f.Bus.NC.SubscribeSync("verdict." + key)
 	if err != nil {
 		return Saved{}, fmt.Errorf("waiting for a verdict: %w", err)
@@ -296,13 +298,19 @@ func (f *Fleet) attest(ctx context.Context, subject string, r Name) (Saved, erro
 	f.Notify(g.Tenant, g.Name)
 	ctx, cancel := context.WithTimeout(ctx, 25*time.Second)
 	defer cancel()
-	m, err := sub.NextMsgWithContext(ctx)
-	if err != nil {
-		return Saved{}, fmt.Errorf("gateway %s did not attest in 25 s: is it connected? `edgekeep gateway show %s` tells what was seen of it last", g.Name, g.Name)
+	for {
+		m, err := sub.NextMsgWithContext(ctx)
+		if err != nil {
+			return Saved{}, fmt.Errorf("gateway %s did not attest in 25 s: is it connected? `edgekeep gateway show %s` tells what was seen of it last", g.Name, g.Name)
+		}
+		v, err := attest.PeekVerdict(m.Data)
+		if err != nil || v.NotBefore < asked {
+			continue // on an earlier challenge: evidence that was held back, perhaps
+		}
+		out, err := f.savedOf(ctx, key)
+		out.Verdict = m.Data
+		return out, err
 	}
-	out, err := f.savedOf(ctx, key)
-	out.Verdict = m.Data
-	return out, err
 }
 
 func (f *Fleet) saved(ctx context.Context, subject string, r Name) (Saved, error) {

@@ -384,7 +384,7 @@ func (g *gateway) want(name string, chunks, asides int, findings string) {
 
 // refusals counts what a fleet refused for a reason.
 func refusals(f *fleet.Fleet, reason string) (n uint64) {
-	for k, v := range f.Metrics.All() {
+	for k, v := range f.Metrics.Of("acme") {
 		if strings.HasPrefix(k, "refused: ") && strings.Contains(k, reason) {
 			n += v
 		}

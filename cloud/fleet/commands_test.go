@@ -242,7 +242,8 @@ func TestRevoked(t *testing.T) {
 	forget(t, strings.Repeat("0", 64))
 	cut := make(chan string, 1)
 	f.Disconnect = func(tenant, gateway string) { cut <- tenant + "/" + gateway }
-	if err := cloud.Put(ctx, bus.EKs, strings.Repeat("0", 64), cloud.EK{Hash: make([]byte, 32), State: cloud.Enrolled}, 0); err != nil {
+	admitted := must(message.Admission{EKHash: make([]byte, 32), Tenant: "acme", Gateway: "certs", ID: make([]byte, 16)}.Sign(signers["acme"]["operator"]))
+	if err := cloud.Put(ctx, bus.EKs, strings.Repeat("0", 64), cloud.EK{Hash: make([]byte, 32), State: cloud.Enrolled, Admission: admitted}, 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := cloud.Ask[fleet.None](ctx, bus.NC, "api.globex.gateway.revoke", fleet.Name{Gateway: "certs"}); err == nil {

@@ -146,8 +146,8 @@ func VerifyEK(der []byte, cas []*x509.Certificate, now time.Time) (*x509.Certifi
 	if _, err := cert.Verify(x509.VerifyOptions{
 		Roots: roots, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	}); err != nil {
-		return nil, fmt.Errorf("the EK certificate does not chain to a configured TPM manufacturer (issuer %q): %w; "+
-			"if you trust its maker, add the maker's CA certificates to the directory ek_ca", cert.Issuer, err)
+		return nil, fmt.Errorf("the EK certificate does not chain to a configured TPM manufacturer (issuer %.200q): %w; "+
+			"if you trust its maker, add the maker's CA certificates to the directory ek_ca", cert.Issuer.String(), err)
 	}
 	if len(cert.ExtKeyUsage)+len(cert.UnknownExtKeyUsage) > 0 {
 		for _, oid := range cert.UnknownExtKeyUsage {
@@ -215,7 +215,7 @@ func (f *Fleet) admitted(ctx context.Context, hash, akName []byte, cert *x509.Ce
 	case ok && e.State == cloud.Revoked:
 		reason = "this gateway was revoked: an operator has to approve it again: edgekeep gateway approve " + key
 	}
-	return "", "", errors.Join(errors.New(reason), f.listPending(ctx, key, hash, cert.Issuer.String(), reason))
+	return "", "", errors.Join(errors.New(reason), f.listPending(ctx, key, hash, cloud.Cut(cert.Issuer.String(), 200), reason))
 }
 
 func (f *Fleet) listPending(ctx context.Context, key string, hash []byte, maker, reason string) error {
@@ -285,11 +285,15 @@ func (f *Fleet) activate(ctx context.Context, t mqtt.Topic, data []byte) error {
 		return err
 	}
 	item := message.Item{Nonce: m.Nonce, Time: f.Now().Unix(), Subject: tenant + "/" + gateway, Roots: root.Bundle}
-	b, err := cloud.Ask[verifier.Bytes](ctx, f.Bus.NC, "svc.appraise", verifier.AppraiseRequest{
-		Tenant: tenant, Gateway: gateway, EKHash: hash, AKName: name, Evidence: m.Evidence,
-	})
+	ask := verifier.AppraiseRequest{Tenant: tenant, Gateway: gateway, EKHash: hash, AKName: name, Evidence: m.Evidence}
+	g, _, found, err := cloud.Get[cloud.Gateway](ctx, f.Bus.Gateways, cloud.Key(tenant, gateway))
 	if err != nil {
-		item.Reason = err.Error()
+		return err
+	}
+	ask.Hold = !found || g.Revoked || string(g.AKName) != string(name)
+	b, err := cloud.Ask[verifier.Bytes](ctx, f.Bus.NC, "svc.appraise", ask)
+	if err != nil {
+		item.Reason = cloud.Cut(err.Error(), 512)
 		return f.send(t.Tenant, t.Gateway, item)
 	}
 	v, err := attest.VerifyVerdict(root.Verifier, b.Data)
@@ -300,6 +304,11 @@ func (f *Fleet) activate(ctx context.Context, t mqtt.Topic, data []byte) error {
 	if v.Usable(item.Subject, tenant, f.Now()) == nil {
 		if item.Certificate, err = f.register(ctx, hash, name, v); err != nil {
 			item.Verdict, item.Reason = nil, err.Error()
+		} else if ask.Hold { // it is this TPM's name now: the verdict may stand as the gateway's newest
+			ask.Hold = false
+			if _, err := cloud.Ask[verifier.Bytes](ctx, f.Bus.NC, "svc.appraise", ask); err != nil {
+				return err
+			}
 		}
 	}
 	return f.send(t.Tenant, t.Gateway, item)
@@ -385,11 +394,11 @@ func (f *Fleet) renew(ctx context.Context, g cloud.Gateway, v attest.Verdict) ([
 	if err != nil {
 		return nil, err
 	}
-	_, err = cloud.Change(ctx, f.Bus.Gateways, cloud.Key(g.Tenant, g.Name), func(g *cloud.Gateway, found bool) error {
-		if !found || g.Revoked {
+	_, err = cloud.Change(ctx, f.Bus.Gateways, cloud.Key(g.Tenant, g.Name), func(now *cloud.Gateway, found bool) error {
+		if !found || now.Revoked || string(now.AdmissionID) != string(g.AdmissionID) {
 			return errors.New("no such gateway is enrolled")
 		}
-		g.CertSerial, g.CertExpires = serial, expires
+		now.CertSerial, now.CertExpires = serial, expires
 		return nil
 	})
 	return chain, err

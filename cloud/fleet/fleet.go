@@ -43,8 +43,14 @@ type Fleet struct {
 	asked map[string]time.Time // when an enrolled gateway was asked to attest last
 }
 
-// Count counts what was done or refused.
-func (f *Fleet) Count(what, why string) { f.Metrics.Add(what, why) }
+// Count counts what was done or refused for a tenant; those that are not ours
+// count together.
+func (f *Fleet) Count(tenant, what, why string) {
+	if _, err := f.Tenants.Tenant(tenant); err != nil {
+		tenant = ""
+	}
+	f.Metrics.Add(tenant, what, why)
+}
 
 // Run serves until ctx ends.
 func (f *Fleet) Run(ctx context.Context) error {
@@ -73,7 +79,7 @@ func (f *Fleet) each(ctx context.Context, handlers map[string]handler) error {
 			select {
 			case slots <- struct{}{}:
 			default:
-				f.Count("dropped", "too many under way")
+				f.Count("", "dropped", "too many under way")
 				return
 			}
 			go func() {
@@ -98,7 +104,7 @@ func (f *Fleet) handle(ctx context.Context, m *nats.Msg, h handler) {
 		err = h(ctx, t, m.Data)
 	}
 	if err != nil && ctx.Err() == nil {
-		f.Count("refused", err.Error())
+		f.Count(t.Tenant, "refused", err.Error())
 		f.Log.Warn("message refused", "topic", t.String(), "reason", err)
 	}
 }
@@ -194,7 +200,7 @@ func (f *Fleet) pull(ctx context.Context, t mqtt.Topic, data []byte) error {
 	half := v.IssuedAt + (v.Expires-v.IssuedAt)/2
 	if !fresh || q.Attest || item.Time >= half || len(q.Pending) > 0 && q.Pending[0].Attest {
 		if item.Challenge, err = f.challenge(ctx, t.Tenant, t.Gateway); err != nil {
-			f.Count("no challenge", err.Error())
+			f.Count(t.Tenant, "no challenge", err.Error())
 			f.Log.Error("no challenge to be had", "gateway", item.Subject, "err", err)
 		}
 	}

@@ -79,7 +79,7 @@ func (in *ingest) receive(m *nats.Msg) {
 	select {
 	case in.work[h.Sum32()%workers] <- m:
 	default:
-		in.Count("dropped", "queue full")
+		in.Count("", "dropped", "queue full")
 	}
 }
 
@@ -94,7 +94,7 @@ func (in *ingest) worker(ctx context.Context, c <-chan *nats.Msg) {
 				err = in.message(ctx, t, m.Data)
 			}
 			if err != nil && ctx.Err() == nil {
-				in.Count("refused", err.Error())
+				in.Count(t.Tenant, "refused", err.Error())
 				in.Log.Debug("sealed data refused", "gateway", t.Tenant+"/"+t.Gateway, "reason", err)
 			}
 		}
@@ -255,7 +255,7 @@ func (in *ingest) place(ctx context.Context, t mqtt.Topic, c sealing.Chunk, pos 
 		}
 		return in.watermark(t, h.last)
 	case wait:
-		in.Count("waiting", p.detail)
+		in.Count(t.Tenant, "waiting", p.detail)
 		if h.found {
 			return in.watermark(t, h.last)
 		}
@@ -282,7 +282,7 @@ func (in *ingest) store(ctx context.Context, name string, c sealing.Chunk, pos s
 	if err != nil {
 		return fmt.Errorf("storing a chunk: %w", err)
 	}
-	in.Count("stored", "")
+	in.Count(tenantOf("."+name), "stored", "")
 	return nil
 }
 

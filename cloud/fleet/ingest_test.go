@@ -234,7 +234,7 @@ func TestIngestRefusals(t *testing.T) {
 			g.publish("sealed", data)
 			eventually(t, "it is refused", func() bool { return refusals(f, "") == 1 })
 			if refusals(f, x.reason) != 1 {
-				t.Errorf("refused for %v, want %q", f.Metrics.All(), x.reason)
+				t.Errorf("refused for %v, want %q", f.Metrics.Of("acme"), x.reason)
 			}
 			stop()
 			if n, _, _ := g.acks.Pending(); n != 0 {

@@ -201,7 +201,7 @@ func TestReleaseOfOldData(t *testing.T) {
 func TestReleaseToAGateway(t *testing.T) {
 	p := newProducer("producer")
 	p.store(t, "temp", p.message, signed(verdict("acme/producer", "acme", p.key, nil)))
-	grant(t, "gateway-reader", key("acme", "operator/owner.key"), message.Grant{Tenant: "acme", Consumer: "reader", Gateway: true})
+	grant(t, "gateway-reader", key("acme", "owner/owner.key"), message.Grant{Tenant: "acme", Consumer: "reader", Gateway: true})
 	enrol(t, "reader", false)
 	for _, kem := range []hpke.KEM{hpke.MLKEM768P256(), hpke.DHKEM(ecdh.P256())} {
 		to := must(kem.GenerateKey())
@@ -245,11 +245,11 @@ func TestRecipientsRefused(t *testing.T) {
 	p := newProducer("refusing")
 	p.store(t, "temp", p.message, signed(verdict("acme/refusing", "acme", p.key, nil)))
 	consumer := cose.MarshalHPKEKey(must(hpke.MLKEM768P256().GenerateKey()).PublicKey())
-	owner := key("acme", "operator/owner.key")
+	owner := key("acme", "owner/owner.key")
 	grant(t, "expired", owner, message.Grant{Tenant: "acme", Consumer: "expired", Key: consumer, Expires: time.Now().Unix()})
 	grant(t, "by-operator", key("acme", "operator/operator.key"), message.Grant{Tenant: "acme", Consumer: "by-operator", Key: consumer})
 	grant(t, "by-verifier", key("acme", "keys/verifier.key"), message.Grant{Tenant: "acme", Consumer: "by-verifier", Key: consumer})
-	grant(t, "by-other", key("globex", "operator/owner.key"), message.Grant{Tenant: "acme", Consumer: "by-other", Key: consumer})
+	grant(t, "by-other", key("globex", "owner/owner.key"), message.Grant{Tenant: "acme", Consumer: "by-other", Key: consumer})
 	grant(t, "renamed", owner, message.Grant{Tenant: "acme", Consumer: "somebody", Key: consumer})
 	grant(t, "foreign", owner, message.Grant{Tenant: "globex", Consumer: "foreign", Key: consumer})
 	grant(t, "no-key", owner, message.Grant{Tenant: "acme", Consumer: "no-key", Key: cose.MarshalKey(&owner.PublicKey)})

@@ -32,6 +32,7 @@ type InitOptions struct {
 //	keys/              of the cloud's roles and its TLS
 //	tenants/TENANT/    trust roots, the data owner's key, grants; policy.toml goes here
 //	operator/          the operator's kit: take it away from here
+//	owner/             the data owner's kit, who alone grants reading: another person's
 //	consumer/          a consumer's kit: take it away from here
 //	monitor/           a certificate that sees every message (all of them sealed)
 //	bridge/            the bridge's certificate, for a broker elsewhere
@@ -48,7 +49,7 @@ func Init(o InitOptions) (digest []byte, err error) {
 		return nil, fmt.Errorf("%s holds keys already: they are never overwritten", o.Dir)
 	}
 	i := initer{InitOptions: o, tenant: filepath.Join("tenants", o.Tenant)}
-	for _, d := range []string{"keys", i.tenant, i.tenant + "/grants", "operator", "consumer", "monitor", "bridge", "data"} {
+	for _, d := range []string{"keys", i.tenant, i.tenant + "/grants", "operator", "owner", "consumer", "monitor", "bridge", "data"} {
 		if err := os.MkdirAll(i.path(d), 0o700); err != nil {
 			return nil, fmt.Errorf("making %s: %w", d, err)
 		}
@@ -97,7 +98,7 @@ func (i *initer) cloud() (err error) {
 	i.keys = map[string]*ecdsa.PrivateKey{}
 	for role, path := range map[string]string{
 		"verifier": "keys/verifier.key", "fleet": "keys/fleet.key", "broker": "keys/broker.key",
-		"operator": "operator/operator.key", "owner": "operator/owner.key",
+		"operator": "operator/operator.key", "owner": "owner/owner.key",
 	} {
 		if i.keys[role], err = cloud.NewSigningKey(i.path(path)); err != nil {
 			return err
@@ -138,6 +139,10 @@ func (i *initer) people() error {
 			return err
 		}
 	}
+	kit := fmt.Sprintf("# The data owner's kit: for `edgekeep data grant`.\ntenant = %q\nserver = \"\"\n", i.Tenant)
+	if err := durable.WriteFile(i.path("owner/kit.toml"), []byte(kit), 0o600); err != nil {
+		return err
+	}
 	key, err := cloud.NewHPKEKey(i.path("consumer/consumer.key"), false)
 	if err != nil {
 		return err
@@ -159,7 +164,7 @@ func (i *initer) roots() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{i.tenant, "operator", "consumer"} {
+	for _, dir := range []string{i.tenant, "operator", "owner", "consumer"} {
 		if err := durable.WriteFile(i.path(dir+"/roots.cbor"), bundle, 0o644); err != nil {
 			return nil, err
 		}

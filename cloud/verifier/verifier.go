@@ -51,6 +51,7 @@ type AppraiseRequest struct {
 	EKHash   []byte `cbor:"3,keyasint"`
 	AKName   []byte `cbor:"4,keyasint"`
 	Evidence []byte `cbor:"5,keyasint"`
+	Hold     bool   `cbor:"6,keyasint,omitempty"` // enrolment is not final: not yet the gateway's newest verdict
 }
 
 // Bytes is an answer of one byte string.
@@ -118,9 +119,6 @@ func (v *Verifier) evidence(ctx context.Context, m *nats.Msg) {
 	}
 	if err != nil {
 		v.Log.Warn("evidence refused", "gateway", t.Tenant+"/"+t.Gateway, "reason", err)
-		if ok {
-			_ = v.Bus.Report(ctx, t.Tenant, t.Gateway, cloud.Finding{Kind: "evidence", Detail: err.Error()})
-		}
 	}
 }
 
@@ -206,6 +204,9 @@ func (v *Verifier) store(ctx context.Context, r AppraiseRequest, g attest.Genuin
 		return nil, err
 	}
 	v.Log.Info("verdict", "gateway", verdict.Subject, "status", attest.Tier(verdict.Appraisal().Status))
+	if r.Hold {
+		return msg, nil
+	}
 	return msg, v.publish(ctx, key, verdict, msg)
 }
 
@@ -221,6 +222,9 @@ func (v *Verifier) first(ctx context.Context, r AppraiseRequest, id string) ([]b
 	verdict, err := attest.PeekVerdict(b.Data)
 	if err != nil {
 		return nil, err
+	}
+	if r.Hold {
+		return b.Data, nil
 	}
 	return b.Data, v.publish(ctx, cloud.Key(r.Tenant, r.Gateway), verdict, b.Data)
 }
@@ -262,7 +266,10 @@ func (v *Verifier) publish(ctx context.Context, key string, verdict attest.Verdi
 		b.Data = msg
 		return nil
 	})
-	if err != nil && !errors.Is(err, errOlder) {
+	if errors.Is(err, errOlder) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	return v.Bus.NC.Publish("verdict."+key, msg)

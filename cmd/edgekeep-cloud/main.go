@@ -62,7 +62,7 @@ func initCommand(stdout io.Writer) *cobra.Command {
 			fmt.Fprintf(stdout, "  roots = \"%x\"   goes into keep.toml of every gateway\n", digest)
 			fmt.Fprintf(stdout, "  %s   goes to every gateway, for agent.toml\n\n", filepath.Join(o.Dir, "keys/ca.pem"))
 			fmt.Fprintf(stdout, "Next: write %s (configs/policy.toml explains it),\n", filepath.Join(o.Dir, "tenants", o.Tenant, "policy.toml"))
-			fmt.Fprintf(stdout, "move %s to whoever operates the fleet: its keys must not stay here,\n", filepath.Join(o.Dir, "operator"))
+			fmt.Fprintf(stdout, "move %s to whoever operates the fleet and %s to whoever\nowns the data: their keys must not stay here,\n", filepath.Join(o.Dir, "operator"), filepath.Join(o.Dir, "owner"))
 			fmt.Fprintf(stdout, "then start: edgekeep-cloud run --config cloud.toml\n")
 			return nil
 		},

@@ -58,7 +58,9 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	cfg.Hardening, err = sandbox.Apply(sandbox.Policy{Write: []string{filepath.Dir(cfg.TPM), filepath.Dir(f.Sockets.Keep), filepath.Dir(f.Sockets.Ingest)}})
+	cfg.Hardening, err = sandbox.Apply(sandbox.Policy{
+		Files: []string{cfg.TPM}, Write: []string{filepath.Dir(f.Sockets.Keep), filepath.Dir(f.Sockets.Ingest)},
+	})
 	if err != nil {
 		return err
 	}

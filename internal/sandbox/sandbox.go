@@ -19,7 +19,8 @@ import (
 // Policy is what a process keeps.
 type Policy struct {
 	Read  []string // files and directories it may read
-	Write []string // devices and directories it may write in, make sockets in and connect to
+	Write []string // directories it may write in and make sockets in
+	Files []string // devices and files it may write
 }
 
 // forbidden are system calls that no process of ours makes after it has started.
@@ -46,6 +47,9 @@ func Apply(p Policy) (map[string]bool, error) {
 	}
 	for _, f := range p.Write {
 		rules = append(rules, landlock.RWDirs(f).IgnoreIfMissing())
+	}
+	for _, f := range p.Files {
+		rules = append(rules, landlock.RWFiles(f).WithIoctlDev().IgnoreIfMissing())
 	}
 	if version, err := llsys.LandlockGetABIVersion(); err == nil && version >= 1 {
 		if err := landlock.V5.BestEffort().RestrictPaths(rules...); err != nil {

@@ -173,7 +173,7 @@ func (k *Keep) command(item message.Item, out tee.Outcome) (tee.Outcome, error) 
 		err = message.CheckCommand(c, k.subject(), k.st.Command, time.Unix(item.Time, 0))
 	}
 	if err != nil {
-		res.Reason = err.Error()
+		res.Reason = cut(err.Error(), 512)
 		k.log.Warn("command refused", "sequence", res.Sequence, "reason", res.Reason)
 		return k.answerCommand(res, item.Challenge, out)
 	}
@@ -245,8 +245,16 @@ func (k *Keep) describe() map[string]string {
 	return out
 }
 
+// cut shortens a text that may quote what came from outside.
+func cut(s string, n int) string {
+	if len(s) > n {
+		s = s[:n]
+	}
+	return strings.ToValidUTF8(s, "\uFFFD")
+}
+
 // printable makes a string from outside fit for a person's eyes.
 func printable(s string) string {
-	q := strconv.QuoteToASCII(s)
+	q := strconv.QuoteToASCII(cut(s, 512))
 	return q[1 : len(q)-1]
 }

@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -291,8 +292,8 @@ func (k *Keep) oldest(r tee.Oldest) (tee.Message, error) {
 	if k.phase != tee.PhaseEnrolled {
 		return tee.Message{}, fmt.Errorf("the keep is %s", k.phase)
 	}
-	if len(r.Epoch) != len(sealing.Epoch{}) {
-		return tee.Message{}, errors.New("an epoch id has 16 bytes")
+	if len(r.Epoch) != len(sealing.Epoch{}) || len(r.Head) != sha256.Size || !slices.Contains(k.sealer.streams(), r.Stream) {
+		return tee.Message{}, errors.New("not a place in a stream of this keep")
 	}
 	msg, err := sealing.Checkpoint{
 		Subject: k.subject(), Stream: r.Stream, Epoch: sealing.Epoch(r.Epoch), Seq: r.Seq, Head: r.Head,

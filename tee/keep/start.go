@@ -219,6 +219,9 @@ func (k *Keep) adopt(st *state, r tee.Start) {
 			k.log.Warn("a checkpoint from the spool was not taken over", "reason", err)
 			continue
 		}
+		if !slices.Contains(st.Streams, e.stream) {
+			continue // no stream of the epoch before: nothing of it is under way
+		}
 		if e.covers(st.Ends[e.stream]) {
 			st.Ends[e.stream] = e.end
 		}
@@ -322,7 +325,10 @@ func (k *Keep) noteWatermark(msg []byte) (sealing.Checkpoint, error) {
 		return w, err
 	}
 	if w.Subject != k.subject() {
-		return w, fmt.Errorf("the watermark is of %s", w.Subject)
+		return w, fmt.Errorf("the watermark is of %.64q", w.Subject)
+	}
+	if now := k.st.Epoch; w.Epoch.Counter() > now.Counter() || w.Epoch.Counter() == now.Counter() && w.Epoch != now {
+		return w, fmt.Errorf("the watermark is of epoch %s, which this keep never opened", w.Epoch)
 	}
 	at := end{Before: sealing.Before{Epoch: w.Epoch, Count: w.Seq + 1}}
 	if tail, ok := k.tails[w.Stream]; ok && at.covers(tail) {

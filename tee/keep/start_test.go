@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -247,7 +248,7 @@ func TestOtherRootsDigest(t *testing.T) {
 
 func TestLocked(t *testing.T) {
 	needTPM(t)
-	dir := filepath.Join(base, "own")
+	dir := must(os.MkdirTemp(base, "own"))(t)
 	power := func() *swtpm.TPM {
 		s := must(swtpm.Start(context.Background(), swtpm.Options{Dir: dir, CADir: filepath.Join(base, "maker")}))(t)
 		t.Cleanup(func() { _ = s.Kill() })

@@ -156,7 +156,7 @@ func VerifyCommand(pub *ecdsa.PublicKey, msg []byte) (Command, error) {
 func CheckCommand(c Command, subject string, accepted uint64, now time.Time) error {
 	switch {
 	case c.Audience != subject:
-		return fmt.Errorf("the command is for %s, this is %s", c.Audience, subject)
+		return fmt.Errorf("the command is for %.64q, this is %s", c.Audience, subject)
 	case c.Sequence <= accepted:
 		return fmt.Errorf("sequence %d was used: the newest accepted is %d", c.Sequence, accepted)
 	case c.Expires != 0 && now.Unix() >= c.Expires:
@@ -172,7 +172,7 @@ func CheckCommand(c Command, subject string, accepted uint64, now time.Time) err
 			return err
 		}
 	default:
-		return fmt.Errorf("unknown command %q", c.Name)
+		return fmt.Errorf("unknown command %.64q", c.Name)
 	}
 	return nil
 }

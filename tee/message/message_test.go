@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"math"
 	"reflect"
+	"strings"
 	"testing"
 	"time"
 
@@ -223,8 +224,9 @@ func TestCheckCommand(t *testing.T) {
 		"interval":             {args(SetInterval, map[string]string{"seconds": "60"}), ""},
 		"in time":              {with(func(c *Command) { c.Expires = now.Unix() + 1 }), ""},
 		"a gap in sequences":   {with(func(c *Command) { c.Sequence = math.MaxUint64 }), ""},
-		"another gateway":      {with(func(c *Command) { c.Audience = "acme/gw8" }), "the command is for acme/gw8"},
-		"a whole tenant":       {with(func(c *Command) { c.Audience = "acme/" }), "the command is for acme/"},
+		"a name to drown in":   {with(func(c *Command) { c.Name = strings.Repeat("\x01", 300_000) }), "unknown command"},
+		"another gateway":      {with(func(c *Command) { c.Audience = "acme/gw8" }), "the command is for \"acme/gw8\""},
+		"a whole tenant":       {with(func(c *Command) { c.Audience = "acme/" }), "the command is for \"acme/\""},
 		"nobody":               {with(func(c *Command) { c.Audience = "" }), "the command is for"},
 		"again":                {with(func(c *Command) { c.Sequence = 5 }), "sequence 5 was used: the newest accepted is 5"},
 		"older":                {with(func(c *Command) { c.Sequence = 0 }), "sequence 0 was used"},

@@ -167,7 +167,7 @@ func TestForgedCommands(t *testing.T) {
 		{"for another gateway", "for acme/gw2", sign(operator, message.Command{Audience: "acme/gw2", Sequence: 9, Name: message.RotateStreamKeys})},
 		{"for another tenant", "for initech/gw1", sign(operator, message.Command{Audience: "initech/gw1", Sequence: 9, Name: message.RotateStreamKeys})},
 		{"signed by the fleet", "key", sign(b.key("keys/fleet.key"), message.Command{Audience: us, Sequence: 9, Name: message.RotateStreamKeys})},
-		{"signed by the data owner", "key", sign(b.key("operator/owner.key"), message.Command{Audience: us, Sequence: 9, Name: message.RotateStreamKeys})},
+		{"signed by the data owner", "key", sign(b.key("owner/owner.key"), message.Command{Audience: us, Sequence: 9, Name: message.RotateStreamKeys})},
 		{"with a flipped bit", "signature", flipped},
 		{"that is unknown", "unknown command", sign(operator, message.Command{Audience: us, Sequence: 9, Name: "format-disk"})},
 		{"that is garbage", "", []byte("garbage")},

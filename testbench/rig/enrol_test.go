@@ -173,7 +173,7 @@ func (b *bench) forge(ak *tpm.AK, challenge, ekHash []byte) []byte {
 	b.t.Helper()
 	ch, err := attest.PeekChallenge(challenge)
 	b.must(err)
-	key := b.key("operator/owner.key") // any P-256 key
+	key := b.key("owner/owner.key") // any P-256 key
 	roots, err := hex.DecodeString(b.Roots)
 	b.must(err)
 	c := attest.Claims{
@@ -293,7 +293,7 @@ func TestApprovalOnce(t *testing.T) {
 		return msg
 	}
 	for what, msg := range map[string][]byte{
-		"signed by the data owner": admission("operator/owner.key", Tenant),
+		"signed by the data owner": admission("owner/owner.key", Tenant),
 		"signed by the fleet":      admission("keys/fleet.key", Tenant),
 		"of another tenant":        admission("operator/operator.key", "initech"),
 		"garbage":                  []byte("garbage"),

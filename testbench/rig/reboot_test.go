@@ -83,7 +83,7 @@ func TestOtherFirmware(t *testing.T) {
 			keybroker.Request{Gateway: "gw1", Stream: "machine", Epoch: epoch[:], Verdict: verdict})
 		return err
 	}
-	grant, err := message.Grant{Tenant: Tenant, Consumer: "gw1", Gateway: true}.Sign(b.key("operator/owner.key"))
+	grant, err := message.Grant{Tenant: Tenant, Consumer: "gw1", Gateway: true}.Sign(b.key("owner/owner.key"))
 	b.must(err)
 	b.must(os.WriteFile(b.path("cloud/tenants", Tenant, "grants/gateway-gw1.cbor"), grant, 0o600))
 	if err := release(affirming.Verdict); err != nil {

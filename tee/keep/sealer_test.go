@@ -501,7 +501,7 @@ func TestLate(t *testing.T) {
 		time.Sleep(time.Minute)
 		late(false, false)
 		line(t, connect(s, 2, ""), 0, "m v=1i")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		late(true, false)
 		s.reject(connect(s, 1, ""), "bad", 0) // no reading
 		late(true, false)
@@ -509,7 +509,7 @@ func TestLate(t *testing.T) {
 		late(false, false)
 		time.Sleep(time.Minute)
 		line(t, connect(s, 1, "x"), 1, "m v=1i") // nor is one that is here already
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		late(true, true)
 	})
 }

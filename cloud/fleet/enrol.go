@@ -273,12 +273,14 @@ func (f *Fleet) activate(ctx context.Context, t mqtt.Topic, data []byte) error {
 	if len(m.Nonce) != message.NonceSize || len(m.Enrol) != message.NonceSize {
 		return errors.New("a nonce has 32 bytes")
 	}
-	if !hmac.Equal(m.Proof, message.Proof(f.secret(hash, name, m.Enrol), m.Evidence)) {
-		return errors.New("the credential was not opened: attestation key and EK are not in the same TPM")
-	}
 	tenant, gateway, err := f.admitted(ctx, hash, name, cert)
 	if err != nil {
 		return f.sendPending(t, m.Nonce, err.Error())
+	}
+	if !hmac.Equal(m.Proof, message.Proof(f.secret(hash, name, m.Enrol), m.Evidence)) {
+		err := errors.New("the credential was not opened: attestation key and EK are not in the same TPM")
+		f.Count(tenant, "refused", err.Error()) // somebody poses as a TPM of this tenant's
+		return err
 	}
 	root, err := f.Tenants.Tenant(tenant)
 	if err != nil {

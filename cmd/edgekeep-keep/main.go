@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -70,8 +71,15 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	log.Info("ready", "version", version, "hardening", fmt.Sprint(cfg.Hardening))
 	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return k.Ingest(ctx, ingest) })
-	g.Go(func() error { return serve(ctx, keepSocket, k, log) })
+	requests, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	g.Go(func() error {
+		defer end() // the agent is served until it has taken what was sealed last
+		err := k.Ingest(ctx, ingest)
+		k.AwaitTaken(3 * time.Second)
+		return err
+	})
+	g.Go(func() error { return serve(requests, keepSocket, k, log) })
 	return errors.Join(g.Wait(), k.Close())
 }
 

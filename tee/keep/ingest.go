@@ -60,6 +60,14 @@ func (k *Keep) Ingest(ctx context.Context, l net.Listener) error {
 	}
 }
 
+// AwaitTaken waits until the agent has made durable what was sealed, at most so
+// long: a source without numbers would lose what the keep dropped at its end.
+func (k *Keep) AwaitTaken(limit time.Duration) {
+	for end := time.Now().Add(limit); time.Now().Before(end) && !k.sealer.empty(); {
+		time.Sleep(10 * time.Millisecond)
+	}
+}
+
 func (k *Keep) admit(conn net.Conn) (*ingestConn, error) {
 	uid, err := peerUID(conn)
 	if err != nil {

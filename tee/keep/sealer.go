@@ -389,6 +389,13 @@ func (s *sealer) after(ticket uint64) []tee.Chunk {
 	return out
 }
 
+// empty reports whether the agent has confirmed everything.
+func (s *sealer) empty() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.queue) == 0
+}
+
 // stats returns a copy of the counts, in the order of the configuration, and how
 // many connections were turned away.
 func (s *sealer) stats() ([]tee.Source, uint64) {

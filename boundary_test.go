@@ -231,7 +231,7 @@ func TestMainsAreShort(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if n := bytes.Count(raw, []byte("\n")); n > 120 {
+		if n := bytes.Count(raw, []byte("\n")); n > 100 {
 			t.Errorf("%s has %d lines", m, n)
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,7 @@ import (
 	"os"
 	"os/user"
 	"strconv"
+	"strings"
 	"time"
 
 	"edgekeep/internal/config"
@@ -105,4 +107,24 @@ func listen(path, mode string) (net.Listener, error) {
 		return nil, fmt.Errorf("making the socket: %w", err)
 	}
 	return l, nil
+}
+
+func decodeDigest(s string) ([]byte, error) {
+	b, err := hex.DecodeString(strings.TrimPrefix(s, "sha256:"))
+	if err != nil || len(b) != 32 {
+		return nil, errors.New(`roots must be the SHA-256 of your tenant's trust roots, 64 hexadecimal digits: "edgekeep-cloud init" printed it`)
+	}
+	return b, nil
+}
+
+func load(path string) (file, keep.Config, error) {
+	f := defaults()
+	if err := config.Load(path, &f); err != nil {
+		return f, keep.Config{}, err
+	}
+	cfg, err := f.keep()
+	if err != nil {
+		return f, cfg, fmt.Errorf("%s: %w", path, err)
+	}
+	return f, cfg, nil
 }

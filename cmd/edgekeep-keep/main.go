@@ -4,25 +4,20 @@ package main
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
 
-	"edgekeep/internal/config"
 	"edgekeep/internal/sandbox"
-	"edgekeep/tee"
 	"edgekeep/tee/keep"
 )
 
@@ -81,47 +76,4 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	})
 	g.Go(func() error { return serve(requests, keepSocket, k, log) })
 	return errors.Join(g.Wait(), k.Close())
-}
-
-// serve answers the agent's requests on every connection.
-func serve(ctx context.Context, l net.Listener, h tee.Handler, log *slog.Logger) error {
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(16)
-	stop := context.AfterFunc(ctx, func() { l.Close() })
-	defer stop()
-	for {
-		conn, err := l.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				err = nil
-			}
-			return errors.Join(err, g.Wait())
-		}
-		g.Go(func() error {
-			if err := tee.ServeConn(ctx, conn, h); err != nil && ctx.Err() == nil {
-				log.Warn("the agent's connection ended", "err", err)
-			}
-			return nil
-		})
-	}
-}
-
-func decodeDigest(s string) ([]byte, error) {
-	b, err := hex.DecodeString(strings.TrimPrefix(s, "sha256:"))
-	if err != nil || len(b) != 32 {
-		return nil, errors.New(`roots must be the SHA-256 of your tenant's trust roots, 64 hexadecimal digits: "edgekeep-cloud init" printed it`)
-	}
-	return b, nil
-}
-
-func load(path string) (file, keep.Config, error) {
-	f := defaults()
-	if err := config.Load(path, &f); err != nil {
-		return f, keep.Config{}, err
-	}
-	cfg, err := f.keep()
-	if err != nil {
-		return f, cfg, fmt.Errorf("%s: %w", path, err)
-	}
-	return f, cfg, nil
 }

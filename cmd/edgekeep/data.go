@@ -9,18 +9,13 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
 
-	"edgekeep/cloud"
 	"edgekeep/cloud/client"
-	"edgekeep/internal/cose"
 	"edgekeep/sealing"
-	"edgekeep/tee/attest"
-	"edgekeep/tee/message"
 )
 
 func (a *app) dataCommand() *cobra.Command {
@@ -188,53 +183,4 @@ func exporter(w io.Writer, format string) (emit func(readingLine) error, flush f
 			cw.Flush()
 			return cw.Error()
 		}
-}
-
-func (a *app) dataGrant() *cobra.Command {
-	var out string
-	var expires time.Duration
-	c := &cobra.Command{
-		Use: "grant NAME", Short: "Make a consumer: a key, and the data owner's signed grant for it", Args: cobra.ExactArgs(1),
-		Long: "Makes an HPKE key pair for a consumer in --output and signs, with the data owner's key\n" +
-			"from the kit, that it may read. File the grant in the cloud as tenants/TENANT/grants/NAME.cbor.",
-		RunE: func(_ *cobra.Command, args []string) error {
-			name := args[0]
-			if !attest.ValidName(name) {
-				return fmt.Errorf("%q cannot be a consumer's name: 1 to 31 letters, digits and hyphens", name)
-			}
-			kit, err := client.LoadKit(a.kit)
-			if err != nil {
-				return err
-			}
-			owner, err := kit.Signer("owner.key")
-			if err != nil {
-				return err
-			}
-			if err := os.MkdirAll(out, 0o700); err != nil {
-				return fmt.Errorf("making %s: %w", out, err)
-			}
-			key, err := cloud.NewHPKEKey(filepath.Join(out, "consumer.key"), false)
-			if err != nil {
-				return err
-			}
-			g := message.Grant{Tenant: kit.Tenant, Consumer: name, Key: cose.MarshalHPKEKey(key.PublicKey())}
-			if expires > 0 {
-				g.Expires = time.Now().Add(expires).Unix()
-			}
-			msg, err := g.Sign(owner)
-			if err != nil {
-				return err
-			}
-			grant := filepath.Join(out, name+".cbor")
-			if err := os.WriteFile(grant, msg, 0o644); err != nil {
-				return fmt.Errorf("writing the grant: %w", err)
-			}
-			return a.print(map[string]string{"consumer": name, "key": filepath.Join(out, "consumer.key"), "grant": grant}, func(w io.Writer) {
-				fmt.Fprintf(w, "Made %s/consumer.key and the grant %s.\nNext: copy the grant to tenants/%s/grants/ of the cloud; the consumer's kit needs consumer.key and consumer = %q in kit.toml.\n", out, grant, kit.Tenant, name)
-			})
-		},
-	}
-	c.Flags().StringVarP(&out, "output", "o", "new-consumer", "directory for key and grant")
-	c.Flags().DurationVar(&expires, "expires", 0, "the grant ends after this time; 0: never")
-	return c
 }

@@ -125,6 +125,9 @@ func (a *Agent) spool(stream string) (*spool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("spool of %s: %w", stream, err)
 	}
+	if n := s.log.Recovered(); n > 0 { // unless the disk decayed, nobody was promised it
+		a.log.Warn("the end of a spool was torn and cut off", "stream", stream, "bytes", n)
+	}
 	a.spools[stream] = s
 	if a.link != nil {
 		a.link.upload(s)

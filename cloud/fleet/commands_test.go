@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/ecdsa"
 	"crypto/sha256"
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -301,6 +302,9 @@ func TestAdmissions(t *testing.T) {
 	if err := approve("acme", op, good); err != nil {
 		t.Fatal(err)
 	}
+	if err := approve("globex", other, message.Admission{EKHash: hash(0xa1), Tenant: "globex", Gateway: "new", ID: id(2)}); err == nil {
+		t.Error("another tenant overwrote an approval that waits to be used")
+	}
 	if e, _, ok, err := cloud.Get[cloud.EK](ctx, bus.EKs, key); err != nil || !ok || e.State != cloud.Approved {
 		t.Fatalf("it is %s: %v", e.State, err)
 	}
@@ -323,5 +327,49 @@ func TestAdmissions(t *testing.T) {
 	}
 	if err := approve("acme", op, change(func(a *message.Admission) { a.ID, a.EKHash = id(4), hash(0xa2) })); err == nil {
 		t.Error("another TPM was approved under the name of one that has streams")
+	}
+}
+
+// A TPM that was one tenant's and is another's by now is not ended by revoking
+// the old entry again.
+func TestRevokingAnOldEntryLeavesTheTPMAlone(t *testing.T) {
+	startFleet(t)
+	ctx := deadline(t)
+	ek := bytes.Repeat([]byte{0xb7}, 32)
+	key := strings.Repeat("b7", 32)
+	forget(t, key)
+	forget(t, "globex.before")
+	if err := cloud.Put(ctx, bus.Gateways, "globex.before", cloud.Gateway{Tenant: "globex", Name: "before", EKHash: ek, Revoked: true}, 0); err != nil {
+		t.Fatal(err)
+	}
+	now := message.Admission{EKHash: ek, Tenant: "acme", Gateway: "after", ID: make([]byte, 16)}
+	if err := cloud.Put(ctx, bus.EKs, key, cloud.EK{Hash: ek, State: cloud.Enrolled, Admission: must(now.Sign(signers["acme"]["operator"]))}, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cloud.Ask[fleet.None](ctx, bus.NC, "api.globex.gateway.revoke", fleet.Name{Gateway: "before"}); err != nil {
+		t.Fatal(err)
+	}
+	if e, _, _, err := cloud.Get[cloud.EK](ctx, bus.EKs, key); err != nil || e.State != cloud.Enrolled {
+		t.Errorf("acme's TPM is %s: %v", e.State, err)
+	}
+}
+
+// A command whose refusal would quote more than a frame holds is refused, and the
+// fleet goes on answering.
+func TestHugeCommandStopsNothing(t *testing.T) {
+	startFleet(t)
+	ctx := deadline(t)
+	forget(t, "acme.huge")
+	if err := cloud.Put(ctx, bus.Gateways, "acme.huge", cloud.Gateway{Tenant: "acme", Name: "huge"}, 0); err != nil {
+		t.Fatal(err)
+	}
+	c := message.Command{Audience: "acme/huge", Sequence: 1, Name: strings.Repeat("\x01", 300_000)}
+	_, err := cloud.Ask[fleet.None](ctx, bus.NC, "api.acme.command.send", fleet.Signed{Message: must(c.Sign(signers["acme"]["operator"]))})
+	var refused *cloud.Refused
+	if !errors.As(err, &refused) || len(refused.Reason) > 2048 {
+		t.Errorf("%.200v", err)
+	}
+	if _, err := cloud.Ask[fleet.List](ctx, bus.NC, "api.acme.gateway.ls", fleet.None{}); err != nil {
+		t.Error(err)
 	}
 }

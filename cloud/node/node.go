@@ -83,6 +83,7 @@ type Node struct {
 	server *cloud.Server
 	bus    *cloud.Bus
 	start  []func(context.Context) error
+	counts *cloud.Counts // of all roles of this process
 	Endpoints
 }
 
@@ -99,7 +100,7 @@ func Start(ctx context.Context, cfg Config, version string, log *slog.Logger) (*
 	if err != nil {
 		return nil, err
 	}
-	n := &Node{cfg: cfg, log: log, server: srv, Endpoints: Endpoints{Client: srv.ClientURL()}}
+	n := &Node{cfg: cfg, log: log, server: srv, counts: &cloud.Counts{}, Endpoints: Endpoints{Client: srv.ClientURL()}}
 	if cfg.Server.MQTTPort != 0 {
 		n.MQTT = "tls://" + srv.MQTTAddr()
 	}
@@ -147,7 +148,7 @@ func (n *Node) verifier(tenants *cloud.Tenants, key func(string) string, version
 	if err != nil {
 		return err
 	}
-	v := &verifier.Verifier{Bus: n.bus, Tenants: tenants, Key: signer, ChallengeKey: secret, Build: version, Log: log, Now: time.Now}
+	v := &verifier.Verifier{Bus: n.bus, Tenants: tenants, Key: signer, ChallengeKey: secret, Build: version, Log: log, Now: time.Now, Metrics: n.counts}
 	n.start = append(n.start, v.Run)
 	return nil
 }
@@ -184,7 +185,7 @@ func (n *Node) fleet(tenants *cloud.Tenants, key func(string) string, log *slog.
 	}
 	f := &fleet.Fleet{
 		Bus: n.bus, Tenants: tenants, Key: signer, EnrolKey: secret, EKRoots: cas, CA: ca,
-		Log: log, Now: time.Now, Metrics: &cloud.Counts{}, Disconnect: n.server.Disconnect,
+		Log: log, Now: time.Now, Metrics: n.counts, Disconnect: n.server.Disconnect,
 	}
 	n.server.SetRevoked(f.Revoked)
 	n.start = append(n.start, f.Run)

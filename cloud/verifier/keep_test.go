@@ -120,7 +120,7 @@ func (w *world) startCloud() {
 	tenants := &cloud.Tenants{Dir: w.path("cloud/tenants")}
 	ctx, cancel := context.WithCancel(context.Background())
 	had := w.bus.NC.NumSubscriptions()
-	v := &verifier.Verifier{Bus: w.bus, Tenants: tenants, Key: w.key("keys/verifier.key"), ChallengeKey: must(cloud.LoadSecret(keys + "/challenge.secret")), Build: "test", Log: quiet, Now: time.Now}
+	v := &verifier.Verifier{Bus: w.bus, Tenants: tenants, Key: w.key("keys/verifier.key"), ChallengeKey: must(cloud.LoadSecret(keys + "/challenge.secret")), Build: "test", Log: quiet, Now: time.Now, Metrics: &cloud.Counts{}}
 	b := &keybroker.Broker{Bus: w.bus, Tenants: tenants, Key: w.key("keys/broker.key"), Data: func(string) (hpke.PrivateKey, error) { return cloud.LoadHPKEKey(w.path("cloud/tenants/acme/data.key")) }, Log: quiet, Now: time.Now}
 	f := &fleet.Fleet{
 		Bus: w.bus, Tenants: tenants, Key: w.key("keys/fleet.key"), EnrolKey: must(cloud.LoadSecret(keys + "/enrol.secret")), EKRoots: w.makers(),

@@ -36,6 +36,7 @@ type Verifier struct {
 	Build        string
 	Log          *slog.Logger
 	Now          func() time.Time
+	Metrics      *cloud.Counts
 }
 
 // ChallengeRequest asks for a challenge.
@@ -118,6 +119,11 @@ func (v *Verifier) evidence(ctx context.Context, m *nats.Msg) {
 		_, err = v.appraise(ctx, "", AppraiseRequest{Tenant: t.Tenant, Gateway: t.Gateway, EKHash: g.EKHash, AKName: g.AKName, Evidence: m.Data})
 	}
 	if err != nil {
+		tenant := ""
+		if ok { // whose it is, only if it is anybody's
+			tenant = t.Tenant
+		}
+		v.Metrics.Add(tenant, "evidence refused", err.Error())
 		v.Log.Warn("evidence refused", "gateway", t.Tenant+"/"+t.Gateway, "reason", err)
 	}
 }

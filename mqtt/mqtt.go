@@ -1,8 +1,8 @@
 // Package mqtt is the wire between gateway and cloud: MQTT 3.1.1 over TLS, kept
 // within what large hosted brokers allow. Topics have at most five levels:
 //
-//	ek1/{tenant}/{gateway}/up/{hello,evidence,sealed,result,pull}   gateway publishes, QoS 1
-//	ek1/{tenant}/{gateway}/down/{notify,ack,item}                   gateway subscribes, QoS 0
+//	ek1/{tenant}/{gateway}/up/{hello,evidence,sealed,result,pull,ask,peer}   gateway publishes, QoS 1
+//	ek1/{tenant}/{gateway}/down/{notify,ack,item,answer,peer}                gateway subscribes, QoS 0
 //	ek1/boot/{ek-hash}/up/{enrol,activate}, …/down/{notify,item}    a box without a certificate
 //
 // "boot" is therefore no tenant's name. Payloads have at most MaxPayload bytes.

@@ -75,6 +75,11 @@ type Input struct {
 	Gateway string
 	Stream  string
 	Local   bool // of this gateway: Feed brings what is new
+	// Epoch, Seq and Head are where an instance without state begins: after this
+	// record. Without them it begins with the oldest that the cloud has.
+	Epoch []byte
+	Seq   uint64
+	Head  []byte
 }
 
 // Feed is a chunk of a local stream that has become durable.
@@ -234,6 +239,15 @@ type PutPart struct {
 	Data     []byte `cbor:"2,keyasint"`
 	Last     bool   `cbor:"3,keyasint"`
 }
+
+// PutDone answers the last PutPart when the cloud has the blob.
+type PutDone struct {
+	ID []byte `cbor:"1,keyasint"`
+}
+
+// CloudRefuses begins the error of a job that the cloud itself will not do, as
+// opposed to one for which it could not be reached.
+const CloudRefuses = "the cloud refuses: "
 
 // Question is put to the cloud (message.Ask).
 type Question struct {

@@ -183,6 +183,8 @@ type Control struct {
 	Entry []byte `cbor:"13,keyasint,omitempty"`
 	// Reason says why (refuse), for a person.
 	Reason string `cbor:"14,keyasint,omitempty"`
+	// KeyID is the id of the session key (begin).
+	KeyID []byte `cbor:"15,keyasint,omitempty"`
 }
 
 // Keys are the secrets of begin.

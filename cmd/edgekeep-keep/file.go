@@ -28,7 +28,12 @@ type file struct {
 		KeepMode   string `toml:"keep_mode"`
 		Ingest     string `toml:"ingest"`
 		IngestMode string `toml:"ingest_mode"`
+		Runner     string `toml:"runner"`
+		RunnerMode string `toml:"runner_mode"`
 	} `toml:"sockets"`
+	Runners struct {
+		User string `toml:"user"`
+	} `toml:"runners"`
 	Source []source `toml:"source"`
 }
 
@@ -43,14 +48,21 @@ func defaults() file {
 	f := file{TPM: "/dev/tpmrm0", Flush: config.Duration(250 * time.Millisecond), Compress: true}
 	f.Sockets.Keep, f.Sockets.KeepMode = "/run/edgekeep/keep.sock", "0660"
 	f.Sockets.Ingest, f.Sockets.IngestMode = "/run/edgekeep/ingest.sock", "0666"
+	f.Sockets.Runner, f.Sockets.RunnerMode = "/run/edgekeep/runner.sock", "0660"
 	return f
 }
 
 func (f file) keep() (keep.Config, error) {
 	cfg := keep.Config{
 		TPM: f.TPM, PCRs: f.PCRs, Flush: time.Duration(f.Flush), Compress: f.Compress, Software: "edgekeep-keep " + version,
+		RunnerUID: keep.NoRunners,
 	}
 	var err error
+	if f.Runners.User != "" {
+		if cfg.RunnerUID, err = lookup(f.Runners.User); err != nil {
+			return cfg, fmt.Errorf("runners: %w", err)
+		}
+	}
 	if cfg.RootsDigest, err = decodeDigest(f.Roots); err != nil {
 		return cfg, err
 	}

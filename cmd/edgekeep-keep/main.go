@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -54,8 +55,14 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	var runners net.Listener
+	if cfg.RunnerUID != keep.NoRunners {
+		if runners, err = listen(f.Sockets.Runner, f.Sockets.RunnerMode); err != nil {
+			return err
+		}
+	}
 	cfg.Hardening, err = sandbox.Apply(sandbox.Policy{
-		Files: []string{cfg.TPM}, Write: []string{filepath.Dir(f.Sockets.Keep), filepath.Dir(f.Sockets.Ingest)},
+		Files: []string{cfg.TPM}, Write: []string{filepath.Dir(f.Sockets.Keep), filepath.Dir(f.Sockets.Ingest), filepath.Dir(f.Sockets.Runner)},
 	})
 	if err != nil {
 		return err
@@ -75,5 +82,8 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	})
 	g.Go(func() error { return serve(requests, keepSocket, k, log) })
+	if runners != nil {
+		g.Go(func() error { return k.Runners(ctx, runners) })
+	}
 	return errors.Join(g.Wait(), k.Close())
 }

@@ -28,6 +28,7 @@
 //	-70007 {tstr => bool}: process hardening, as the keep found it
 //	-70008 software name and version
 //	-70009 [* [source, late]]: is each source within its freshness deadline
+//	-70010 [* Workload]: the workload instances that are here
 //
 // Claims of the submodule "tpm":
 //
@@ -87,6 +88,7 @@ const (
 	MaxEvidence = 64 << 10
 	maxPrior    = 256
 	maxSources  = 64
+	maxWorkload = 16
 )
 
 // Challenge is what evidence answers.
@@ -192,6 +194,26 @@ type Claims struct {
 	Hardening map[string]bool `cbor:"-70007,keyasint,omitempty"`
 	Software  string          `cbor:"-70008,keyasint"`
 	Sources   []SourceHealth  `cbor:"-70009,keyasint,omitempty"`
+	Workloads []Workload      `cbor:"-70010,keyasint,omitempty"`
+}
+
+// Workload is what a keep says of a workload instance. The manifest, and with it
+// everything that the bundle is made of, is pinned by the bundle id; a verifier
+// that has the module can compute Rewritten itself.
+type Workload struct {
+	Instance   string   `cbor:"1,keyasint"`
+	Bundle     []byte   `cbor:"2,keyasint"` // SHA-256 of the signed manifest
+	Module     []byte   `cbor:"3,keyasint"` // SHA-256
+	Models     [][]byte `cbor:"4,keyasint,omitempty"`
+	Epoch      uint64   `cbor:"5,keyasint"`
+	Phase      string   `cbor:"6,keyasint"`
+	Running    bool     `cbor:"7,keyasint"`
+	Rewriter   string   `cbor:"8,keyasint,omitempty"`  // version of what made Rewritten of Module
+	Rewritten  []byte   `cbor:"9,keyasint,omitempty"`  // SHA-256 of what runs
+	Compiler   bool     `cbor:"10,keyasint"`           // or interpreted
+	Protection string   `cbor:"11,keyasint,omitempty"` // of guest memory
+	Failures   uint64   `cbor:"12,keyasint"`
+	Reason     string   `cbor:"13,keyasint,omitempty"` // of the last failure
 }
 
 // Submods is the submods claim.
@@ -282,8 +304,8 @@ func ParseClaims(evidence []byte) (Claims, error) {
 		err = errors.New("it has no submodule")
 	case len(c.UEID) != 33 || c.UEID[0] != 1:
 		err = errors.New("the ueid is not of type RAND with 32 bytes")
-	case len(c.Prior) > maxPrior || len(c.Sources) > maxSources:
-		err = errors.New("too many prior keys or sources")
+	case len(c.Prior) > maxPrior || len(c.Sources) > maxSources || len(c.Workloads) > maxWorkload:
+		err = errors.New("too many prior keys, sources or workloads")
 	case !validPCRs(c.Submods.TPM.PCRs):
 		err = errors.New("a PCR is not of 0 to 23 or its value not of 32 bytes")
 	case len(c.Epoch) != 0 && len(c.Epoch) != 16:

@@ -103,6 +103,7 @@ func (k *Keep) deliverBoot(item message.Item, a asked) (tee.Outcome, error) {
 	return k.step(next, func() (tee.Outcome, error) {
 		k.phase, k.reason = tee.PhaseEnrolled, ""
 		k.sealer.begin(beginning{subject: k.subject(), data: k.roots.Data, epoch: k.st.Epoch})
+		k.adoptInstances()
 		k.log.Info("enrolled", "gateway", k.subject())
 		return out, nil
 	})
@@ -135,6 +136,7 @@ func (k *Keep) deliverItem(item message.Item) (tee.Outcome, error) {
 		return tee.Outcome{}, fmt.Errorf("the delivery is for %q, this is %s", printable(item.Subject), k.subject())
 	}
 	out := tee.Outcome{Certificate: item.Certificate}
+	k.learn(item)
 	if item.Verdict != nil {
 		if _, err := attest.VerifyVerdict(k.roots.Verifier, item.Verdict); err != nil {
 			return tee.Outcome{}, err
@@ -178,11 +180,11 @@ func (k *Keep) command(item message.Item, out tee.Outcome) (tee.Outcome, error) 
 		return k.answerCommand(res, item.Challenge, out)
 	}
 	next := k.st
-	effect, err := k.execute(c, &next, &res)
-	if err != nil {
-		return tee.Outcome{}, err
+	effect, err := k.execute(c, item, &next, &res)
+	if err != nil { // it was the command's turn, and it cannot be done: that is its answer
+		next, effect, res.Reason = k.st, func() {}, cut(err.Error(), 512)
 	}
-	res.Done = true
+	res.Done = err == nil
 	next.Command, next.Result = c.Sequence, &res
 	return k.step(next, func() (tee.Outcome, error) {
 		effect()
@@ -202,7 +204,7 @@ func (k *Keep) answerCommand(res message.Result, challenge []byte, out tee.Outco
 
 // execute prepares a command's effect on the state and returns what is to be
 // done once the state is durable.
-func (k *Keep) execute(c message.Command, next *state, res *message.Result) (effect func(), err error) {
+func (k *Keep) execute(c message.Command, item message.Item, next *state, res *message.Result) (effect func(), err error) {
 	effect = func() {}
 	switch c.Name {
 	case message.AttestNow: // the fleet sends a challenge along
@@ -223,6 +225,12 @@ func (k *Keep) execute(c message.Command, next *state, res *message.Result) (eff
 		next.Epoch = epoch
 		res.Output = map[string]string{"epoch": epoch.String()}
 		effect = func() { k.sealer.begin(beginning{subject: k.subject(), data: k.roots.Data, epoch: epoch}) }
+	case message.WorkloadDeploy:
+		return k.deploy(c, item, next)
+	case message.WorkloadStop:
+		return k.stop(c, next)
+	case message.WorkloadMove:
+		return k.startMove(c, res)
 	default:
 		return nil, fmt.Errorf("unknown command %q", c.Name) // CheckCommand knows better: our own bug
 	}

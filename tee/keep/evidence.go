@@ -34,6 +34,8 @@ func (k *Keep) evidence(challenge []byte) ([]byte, error) {
 	sub := attest.TPM{AK: k.ident.ak.Public()}
 	if k.phase != tee.PhaseLocked {
 		c.Keys, c.Prior, c.Epoch, c.Sources = k.st.keys, k.st.Prior, k.st.Epoch[:], k.sealer.health()
+		c.Workloads = k.workloadClaims()
+		k.noteChallenge(ch.Nonce)
 		sub.Certified = map[string]attest.Certified{
 			attest.PurposeTLS:     {Public: k.st.TLS.Public, By: k.st.Certified[attest.PurposeTLS]},
 			attest.PurposeReceive: {Public: k.st.Receive.Public, By: k.st.Certified[attest.PurposeReceive]},

@@ -138,6 +138,9 @@ func (src *source) notify() {
 		default:
 		}
 	}
+	if src.acked != nil {
+		src.acked(src.committed)
+	}
 }
 
 func (c *ingestConn) run(ctx context.Context) {

@@ -22,6 +22,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"edgekeep/sealing"
@@ -29,6 +30,7 @@ import (
 	"edgekeep/tee/attest"
 	"edgekeep/tee/message"
 	"edgekeep/tee/tpm"
+	"edgekeep/workload"
 )
 
 // Config is a keep's configuration. There are no defaults: see Validate.
@@ -41,8 +43,12 @@ type Config struct {
 	Compress    bool
 	Reset       bool // give up an identity whose state is lost
 	Software    string
+	RunnerUID   uint32          // the user of the runners, or NoRunners
 	Hardening   map[string]bool // what the process found of its own hardening
 }
+
+// NoRunners as RunnerUID means that this keep runs no workloads.
+const NoRunners = ^uint32(0)
 
 // SourceConfig is one source of readings. Its stream has its name.
 type SourceConfig struct {
@@ -100,6 +106,20 @@ type Keep struct {
 	nonces   map[string]asked
 	tails    map[string]end // where data of earlier epochs ends that is still under way
 
+	told       int64     // the fleet's clock, Unix seconds
+	toldAt     time.Time // when it was told
+	verdict    attest.Verdict
+	verdictMsg []byte // the newest verdict about this keep
+	moves      map[string]*move
+	ledger     map[string]heard
+	repeated   map[string]time.Time // when something about an instance was sent last
+	said       map[string][]byte    // head that the source was told of last
+	refusals   map[string]int       // of claims in a row
+	answered   []answeredChallenge
+
+	gateway   atomic.Value // its name, string, once it is enrolled
+	workloads *workloads
+
 	sealer *sealer
 }
 
@@ -153,8 +173,11 @@ func newKeep(cfg Config, log *slog.Logger, dev *tpm.Device) (*Keep, error) {
 	k := &Keep{
 		cfg: cfg, log: log, dev: dev, ek: ek, ekHash: hash, phase: tee.PhaseWaiting,
 		epochKey: key, nonces: map[string]asked{}, tails: map[string]end{},
+		moves: map[string]*move{}, ledger: map[string]heard{}, refusals: map[string]int{}, said: map[string][]byte{}, repeated: map[string]time.Time{},
 	}
 	k.sealer = newSealer(cfg, key)
+	k.workloads = newWorkloads(k)
+	k.sealer.fed = k.workloads.feed
 	return k, nil
 }
 
@@ -189,6 +212,16 @@ func (k *Keep) Handle(ctx context.Context, kind int, body []byte) (any, error) {
 		return handle(k, body, k.signTLS)
 	case tee.KindOldest:
 		return handle(k, body, k.oldest)
+	case tee.KindAdvance:
+		return handle(k, body, k.advanceStep)
+	case tee.KindPeer:
+		return k.routed(body)
+	case tee.KindWork: // waits
+		r, err := tee.Body[tee.Work](body)
+		if err != nil {
+			return nil, err
+		}
+		return k.workloads.work(ctx, r)
 	case tee.KindTake: // waits, and touches only the sealer: without the lock
 		r, err := tee.Body[tee.Take](body)
 		if err != nil {
@@ -197,6 +230,19 @@ func (k *Keep) Handle(ctx context.Context, kind int, body []byte) (any, error) {
 		return k.sealer.take(ctx, r)
 	}
 	return nil, tee.ErrKind
+}
+
+// routed takes what another gateway sent. Frames, the bulk of a move, do not wait
+// for the TPM.
+func (k *Keep) routed(body []byte) (any, error) {
+	r, err := tee.Body[tee.Peer](body)
+	if err != nil {
+		return nil, err
+	}
+	if e, err := workload.Unwrap(r.Data); err == nil && (e.Kind == workload.KindFrame || e.Kind == workload.KindFrameAck) {
+		return tee.Outcome{}, k.workloads.frame(e)
+	}
+	return handle(k, body, k.peer)
 }
 
 // handle decodes a request and runs f under the keep's lock.

@@ -37,7 +37,9 @@ type sealer struct {
 	subject  string     // empty until an epoch has begun
 	data     hpke.PublicKey
 	epoch    sealing.Epoch
-	sources  map[uint32]*source // by user
+	sources  map[uint32]*source                // by user
+	all      []*source                         // the same in the order of the configuration, then streams of workloads
+	fed      func(stream string, chunk []byte) // told of chunks of configured sources that are durable; must not block
 	queue    []queued
 	queued   int
 	tickets  uint64
@@ -61,6 +63,7 @@ type source struct {
 	aead       cipher.AEAD // nil until its first record
 	seq        uint64
 	prev       []byte
+	key        []byte // for a workload that reads it
 	keyMessage []byte // the stream key, sealed and signed
 	last       end    // newest record anywhere; Before of the next epoch
 
@@ -74,15 +77,97 @@ type source struct {
 	stats     tee.Source
 	seen      time.Time
 	conns     map[*ingestConn]struct{}
+	acked     func(sealing.Cursor) // for a workload's results, told when committed has moved; must not block
 }
 
 func newSealer(cfg Config, key *ecdsa.PrivateKey) *sealer {
 	s := &sealer{cfg: cfg, key: key, sources: map[uint32]*source{}, arrived: make(chan struct{})}
 	s.room = sync.NewCond(&s.mu)
 	for _, c := range cfg.Sources {
-		s.sources[c.UID] = &source{cfg: c, stats: tee.Source{Name: c.Name}, seen: time.Now(), conns: map[*ingestConn]struct{}{}}
+		src := newSource(c)
+		s.sources[c.UID], s.all = src, append(s.all, src)
 	}
 	return s
+}
+
+func newSource(c SourceConfig) *source {
+	return &source{cfg: c, prev: make([]byte, 32), stats: tee.Source{Name: c.Name}, seen: time.Now(), conns: map[*ingestConn]struct{}{}}
+}
+
+// addStream adds a stream for what a workload has to say, unless it is there.
+func (s *sealer) addStream(name string, acked func(sealing.Cursor)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	src := s.named(name)
+	if src == nil {
+		src = newSource(SourceConfig{Name: name})
+		s.all = append(s.all, src)
+		if s.subject != "" {
+			s.push(src)
+		}
+	}
+	src.acked = acked
+}
+
+func (s *sealer) named(name string) *source {
+	for _, src := range s.all {
+		if src.cfg.Name == name {
+			return src
+		}
+	}
+	return nil
+}
+
+// streamKey is the key of a stream in this epoch.
+func (s *sealer) streamKey(name string, epoch []byte) ([]byte, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	src := s.named(name)
+	if src == nil || src.key == nil || !bytes.Equal(epoch, s.epoch[:]) {
+		return nil, false
+	}
+	return bytes.Clone(src.key), true
+}
+
+// emit takes readings of a workload, numbered from first on in their session; 0
+// means that they are not numbered. What was taken before is left out. A record
+// holds readings of one session with numbers that follow each other, so that its
+// checkpoint's cursor tells the number of each. It blocks like add.
+func (s *sealer) emit(name, session string, first uint64, readings []sealing.Reading) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	src := s.named(name)
+	if src == nil {
+		return false
+	}
+	for i, r := range readings {
+		for (s.queued >= maxQueued || s.subject == "") && !s.draining {
+			s.room.Wait()
+		}
+		if s.draining {
+			return false
+		}
+		if first > 0 {
+			at := sealing.Cursor{Session: session, Line: first + uint64(i)}
+			if src.cursor.Session == session && at.Line <= src.cursor.Line {
+				src.stats.Repeated++
+				continue
+			}
+			if src.cursor.Session != session || at.Line != src.cursor.Line+1 {
+				s.flush(src)
+			}
+			src.cursor = at
+		}
+		src.pack.Add(r)
+		src.stats.Lines++
+		if src.oldest.IsZero() {
+			src.oldest = time.Now()
+		}
+		if src.pack.Size() >= maxContent {
+			s.flush(src)
+		}
+	}
+	return true
 }
 
 // beginning is what an epoch begins with.
@@ -106,7 +191,7 @@ func (s *sealer) begin(b beginning) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	first := s.subject == ""
-	for _, src := range s.sources {
+	for _, src := range s.all {
 		if !first {
 			s.flush(src)
 		} else {
@@ -115,7 +200,7 @@ func (s *sealer) begin(b beginning) {
 		src.aead, src.seq, src.prev = nil, 0, make([]byte, 32)
 	}
 	s.subject, s.data, s.epoch = b.subject, b.data, b.epoch
-	for _, src := range s.sources {
+	for _, src := range s.all {
 		s.push(src)
 		src.notify() // who said hello before waits for an answer
 	}
@@ -136,11 +221,13 @@ func (src *source) resume(b beginning) {
 	}
 }
 
-// streams are the names of the configured sources.
+// streams are the names of all streams.
 func (s *sealer) streams() []string {
-	out := make([]string, 0, len(s.cfg.Sources))
-	for _, c := range s.cfg.Sources {
-		out = append(out, c.Name)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	out := make([]string, 0, len(s.all))
+	for _, src := range s.all {
+		out = append(out, src.cfg.Name)
 	}
 	return out
 }
@@ -241,7 +328,7 @@ func (s *sealer) flushDue(now time.Time) time.Duration {
 	if s.subject == "" {
 		return next
 	}
-	for _, src := range s.sources {
+	for _, src := range s.all {
 		if src.oldest.IsZero() {
 			continue
 		}
@@ -297,7 +384,8 @@ func (s *sealer) seal(src *source) (data, checkpoint []byte, err error) {
 			return nil, nil, err
 		}
 		src.keyMessage, err = sealing.SealStreamKey(s.key, sealing.TypStreamKey, s.subject, src.cfg.Name, s.epoch, key, s.data)
-		clear(key)
+		clear(src.key)
+		src.key = key
 		if err != nil {
 			return nil, nil, err
 		}
@@ -366,6 +454,9 @@ func (s *sealer) confirm(ticket uint64) {
 		s.queued -= len(q.Data)
 		q.source.inflight--
 		q.source.settle(q.cursor)
+		if s.fed != nil && q.source.acked == nil {
+			s.fed(q.Stream, q.Data)
+		}
 		n++
 	}
 	if n > 0 {
@@ -389,6 +480,26 @@ func (s *sealer) after(ticket uint64) []tee.Chunk {
 	return out
 }
 
+// position is where a stream ends: what is sealed later comes after it.
+func (s *sealer) position(name string) sealing.Before {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if src := s.named(name); src != nil {
+		return src.last.Before
+	}
+	return sealing.Before{}
+}
+
+// line is the newest numbered line of a stream, durable or about to be.
+func (s *sealer) line(name string) uint64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if src := s.named(name); src != nil {
+		return src.cursor.Line
+	}
+	return 0
+}
+
 // empty reports whether the agent has confirmed everything.
 func (s *sealer) empty() bool {
 	s.mu.Lock()
@@ -401,11 +512,11 @@ func (s *sealer) empty() bool {
 func (s *sealer) stats() ([]tee.Source, uint64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := make([]tee.Source, 0, len(s.cfg.Sources))
-	for _, c := range s.cfg.Sources {
-		src := s.sources[c.UID]
+	out := make([]tee.Source, 0, len(s.all))
+	for _, src := range s.all {
 		st := src.stats
-		st.Connected, st.Late = len(src.conns) > 0, time.Since(src.seen) > c.Freshness
+		st.Connected = len(src.conns) > 0 || src.acked != nil
+		st.Late = src.cfg.Freshness > 0 && time.Since(src.seen) > src.cfg.Freshness
 		out = append(out, st)
 	}
 	return out, s.turnedAway
@@ -414,7 +525,7 @@ func (s *sealer) stats() ([]tee.Source, uint64) {
 func (s *sealer) health() []attest.SourceHealth {
 	var out []attest.SourceHealth
 	sources, _ := s.stats()
-	for _, st := range sources {
+	for _, st := range sources[:len(s.cfg.Sources)] {
 		out = append(out, attest.SourceHealth{Name: st.Name, Late: st.Late})
 	}
 	return out
@@ -426,7 +537,7 @@ func (s *sealer) drain() {
 	defer s.mu.Unlock()
 	s.draining = true
 	if s.subject != "" {
-		for _, src := range s.sources {
+		for _, src := range s.all {
 			s.flush(src)
 		}
 	}

@@ -51,6 +51,7 @@ func (k *Keep) start(r tee.Start) (tee.Outcome, error) {
 
 // restart answers a Start of an agent that was restarted while the keep ran on.
 func (k *Keep) restart(r tee.Start) (tee.Outcome, error) {
+	k.workloads.reset()
 	sum := sha256.Sum256(r.State)
 	t := k.pending
 	if t != nil && bytes.Equal(sum[:], t.hash) {
@@ -198,6 +199,9 @@ func (k *Keep) openState(id *identity) error {
 		k.roots = roots
 	}
 	k.st = st
+	if st.Tenant != "" {
+		k.adoptInstances() // its streams begin with the epoch
+	}
 	return nil
 }
 

@@ -54,6 +54,8 @@ type state struct {
 	Ends      map[string]end        `cbor:"14,keyasint"`
 	Streams   []string              `cbor:"15,keyasint,omitempty"` // of the epoch this state began; those not here are new
 
+	Instances map[string]instance `cbor:"16,keyasint,omitempty"`
+
 	keys map[string]cose.Raw // COSE_Keys of TLS and Receive, derived
 }
 

@@ -89,11 +89,13 @@ type Blob struct {
 	Data []byte `cbor:"1,keyasint"`
 }
 
-// PutBlob stores one block. The list comes with Block -1, and first.
+// PutBlob stores one block. The list comes with Block -1, and first; with it, a
+// gateway says whose checkpoint this is: of each instance, the newest are kept.
 type PutBlob struct {
-	ID    []byte `cbor:"1,keyasint"`
-	Block int    `cbor:"2,keyasint"`
-	Data  []byte `cbor:"3,keyasint"`
+	ID       []byte `cbor:"1,keyasint"`
+	Block    int    `cbor:"2,keyasint"`
+	Data     []byte `cbor:"3,keyasint"`
+	Instance string `cbor:"4,keyasint,omitempty"`
 }
 
 // Have answers PutBlob: which block is the first that is missing; as many as the

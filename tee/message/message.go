@@ -14,6 +14,8 @@
 //	evidence  see package attest
 //	sealed    a chunk, see package sealing
 //	result    COSE_Sign1 by the epoch key, typ TypResult
+//	ask       a question (Ask); the cloud answers it on "answer" (Answer)
+//	peer      a message to another gateway's keep (Routed)
 //
 // # Down
 //
@@ -21,13 +23,16 @@
 //	          fresh without a clock, and never an answer to something else
 //	ack       a watermark, see package sealing
 //	notify    empty: a hint to pull
+//	answer    see ask
+//	peer      a message from another gateway's keep, or from the cloud (Routed)
 //
 // # Signed by people
 //
 // A command is a COSE_Sign1 by the operator (typ TypCommand); an admission (typ
 // TypAdmission) is the operator's word that one EK may enrol once as one
 // gateway; a grant (typ TypGrant) is the data owner's word that a consumer key
-// may read.
+// may read; a recovery (typ TypRecover) is the data owner's word that a lost
+// instance goes on elsewhere.
 package message
 
 import (
@@ -37,6 +42,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
 	"time"
 
@@ -50,6 +56,7 @@ const (
 	TypResult    = "application/edgekeep-result+cbor"
 	TypAdmission = "application/edgekeep-admission+cbor"
 	TypGrant     = "application/edgekeep-grant+cbor"
+	TypRecover   = "application/edgekeep-recover+cbor"
 )
 
 // NonceSize is the size of every nonce here, in bytes.
@@ -106,6 +113,9 @@ type Item struct {
 	Roots       []byte      `cbor:"8,keyasint,omitempty"`
 	Certificate [][]byte    `cbor:"9,keyasint,omitempty"`  // TLS client chain, DER
 	Reason      string      `cbor:"10,keyasint,omitempty"` // why there is nothing, for a person
+	// Entry is the newest ledger entry of the instance that the command
+	// workload-deploy names, signed by the fleet over the command's message.
+	Entry []byte `cbor:"11,keyasint,omitempty"`
 }
 
 // Sign signs an item with the fleet's key.
@@ -130,7 +140,13 @@ const (
 	SetInterval      = "set-interval" // argument "seconds": 1 to 86400
 	StatusCommand    = "status"
 	RotateStreamKeys = "rotate-stream-keys"
+	WorkloadDeploy   = "workload-deploy" // argument "instance"; Body says what (package workload)
+	WorkloadStop     = "workload-stop"   // argument "instance"
+	WorkloadMove     = "workload-move"   // arguments "instance" and "to", a gateway
 )
+
+// MaxBody bounds a command's body, in bytes.
+const MaxBody = 64 << 10
 
 // Command is an order to one gateway. Sequences of one gateway only go up.
 type Command struct {
@@ -139,6 +155,7 @@ type Command struct {
 	Name     string            `cbor:"3,keyasint"`
 	Args     map[string]string `cbor:"4,keyasint,omitempty"`
 	Expires  int64             `cbor:"5,keyasint,omitempty"` // Unix seconds
+	Body     []byte            `cbor:"6,keyasint,omitempty"`
 }
 
 // Sign signs a command with the operator's key.
@@ -162,7 +179,19 @@ func CheckCommand(c Command, subject string, accepted uint64, now time.Time) err
 	case c.Expires != 0 && now.Unix() >= c.Expires:
 		return fmt.Errorf("the command expired at %s", time.Unix(c.Expires, 0).UTC().Format(time.RFC3339))
 	}
+	if len(c.Body) > 0 && c.Name != WorkloadDeploy {
+		return fmt.Errorf("%.64q takes no body", c.Name)
+	}
 	switch c.Name {
+	case WorkloadDeploy:
+		if len(c.Body) == 0 || len(c.Body) > MaxBody {
+			return fmt.Errorf("%s needs a body of at most %d bytes", c.Name, MaxBody)
+		}
+		return checkArgs(c, argInstance)
+	case WorkloadStop:
+		return checkArgs(c, argInstance)
+	case WorkloadMove:
+		return checkArgs(c, argInstance, argTo)
 	case AttestNow, StatusCommand, RotateStreamKeys:
 		if len(c.Args) != 0 {
 			return fmt.Errorf("%s takes no arguments", c.Name)
@@ -173,6 +202,28 @@ func CheckCommand(c Command, subject string, accepted uint64, now time.Time) err
 		}
 	default:
 		return fmt.Errorf("unknown command %.64q", c.Name)
+	}
+	return nil
+}
+
+type arg struct {
+	name  string
+	valid *regexp.Regexp
+}
+
+var (
+	argInstance = arg{"instance", regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,25}$`)}
+	argTo       = arg{"to", regexp.MustCompile(`^[A-Za-z0-9-]{1,31}$`)}
+)
+
+func checkArgs(c Command, want ...arg) error {
+	for _, a := range want {
+		if !a.valid.MatchString(c.Args[a.name]) {
+			return fmt.Errorf("%s: argument %q is missing, or no such name: %.64q", c.Name, a.name, c.Args[a.name])
+		}
+	}
+	if len(c.Args) != len(want) {
+		return fmt.Errorf("%s: an argument too many", c.Name)
 	}
 	return nil
 }
@@ -245,6 +296,33 @@ func (g Grant) Sign(key crypto.Signer) ([]byte, error) {
 // VerifyGrant verifies and decodes a grant.
 func VerifyGrant(pub *ecdsa.PublicKey, msg []byte) (Grant, error) {
 	return verify[Grant](pub, TypGrant, msg)
+}
+
+// Recover is the data owner's word that an instance was lost, and goes on from a
+// checkpoint. It replaces the ledger's entry of epoch From, and no other.
+type Recover struct {
+	Tenant     string `cbor:"1,keyasint"`
+	Instance   string `cbor:"2,keyasint"`
+	From       uint64 `cbor:"3,keyasint"`
+	To         string `cbor:"4,keyasint"` // gateway
+	Checkpoint []byte `cbor:"5,keyasint"` // id of the blob
+	Head       []byte `cbor:"6,keyasint"` // of the state in it
+	Issued     int64  `cbor:"7,keyasint"` // Unix seconds
+}
+
+// Sign signs a recovery with the data owner's key.
+func (r Recover) Sign(key crypto.Signer) ([]byte, error) {
+	return cose.Sign1(key, TypRecover, cose.MustMarshal(r))
+}
+
+// VerifyRecover verifies and decodes a recovery.
+func VerifyRecover(pub *ecdsa.PublicKey, msg []byte) (Recover, error) {
+	r, err := verify[Recover](pub, TypRecover, msg)
+	if err == nil && (!argInstance.valid.MatchString(r.Instance) || !argTo.valid.MatchString(r.To) ||
+		r.From == 0 || len(r.Checkpoint) != sha256.Size || len(r.Head) != sha256.Size) {
+		err = errors.New("recovery: a field is missing or of the wrong size")
+	}
+	return r, err
 }
 
 func verify[M any](pub *ecdsa.PublicKey, typ string, msg []byte) (M, error) {

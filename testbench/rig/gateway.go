@@ -28,6 +28,9 @@ var PCRs = []int{0, 4, 7, 8}
 // rig is not run by root all drivers are its own user, and there is one source.
 const SourceUID = 64001
 
+// RunnerUID is the user of runners.
+const RunnerUID = 64000
+
 // Gateway is a gateway: a TPM, a keep, an agent, drivers.
 type Gateway struct {
 	r       *Rig
@@ -36,6 +39,7 @@ type Gateway struct {
 	TPM     *swtpm.TPM
 	keep    *process.Process
 	agent   *process.Process
+	runners []*process.Process
 	drivers map[string]*process.Process
 	dir     string
 	// Firmware is what PCR 0 is extended with: change it to boot another one.
@@ -150,6 +154,47 @@ func (g *Gateway) Ingest() string { return g.Path("run/ingest.sock") }
 // KeepSocket is the socket that the agent uses.
 func (g *Gateway) KeepSocket() string { return g.Path("run/keep.sock") }
 
+// RunnerSocket is the socket that runners use.
+func (g *Gateway) RunnerSocket() string { return g.Path("run/runner.sock") }
+
+func (g *Gateway) runnerUID() int {
+	if os.Getuid() != 0 {
+		return os.Getuid()
+	}
+	return RunnerUID
+}
+
+// StartRunners starts runners, each of which waits for an instance.
+func (g *Gateway) StartRunners(n int, args ...string) error {
+	for range n {
+		p, err := g.r.start(g.Name+"-runner", g.runnerUID(), "edgekeep-runner", append([]string{"--socket", g.RunnerSocket()}, args...)...)
+		if err != nil {
+			return err
+		}
+		g.runners = append(g.runners, p)
+	}
+	return nil
+}
+
+// RunnerPIDs are the process ids of the runners: each has a worker as its child.
+func (g *Gateway) RunnerPIDs() []int {
+	var out []int
+	for _, p := range g.runners {
+		out = append(out, p.PID())
+	}
+	return out
+}
+
+// StopRunners ends the runners.
+func (g *Gateway) StopRunners() error {
+	var errs []error
+	for _, p := range g.runners {
+		errs = append(errs, p.Stop())
+	}
+	g.runners = nil
+	return errors.Join(errs...)
+}
+
 func (g *Gateway) uid(source int) int {
 	if os.Getuid() != 0 {
 		return os.Getuid()
@@ -160,8 +205,9 @@ func (g *Gateway) uid(source int) int {
 // StartKeep starts the keep and waits for its sockets.
 func (g *Gateway) StartKeep(ctx context.Context, args ...string) error {
 	var b strings.Builder
-	fmt.Fprintf(&b, "tpm = %q\npcrs = [0, 4, 7, 8]\nroots = %q\nflush = \"100ms\"\ncompress = %v\n[sockets]\nkeep = %q\ningest = %q\n",
+	fmt.Fprintf(&b, "tpm = %q\npcrs = [0, 4, 7, 8]\nroots = %q\nflush = \"100ms\"\ncompress = %v\n[sockets]\nkeep = %q\ningest = %q\nrunner_mode = \"0666\"\n",
 		g.TPM.Socket(), g.Roots, g.Compress, g.KeepSocket(), g.Ingest())
+	fmt.Fprintf(&b, "runner = %q\n[runners]\nuser = \"%d\"\n", g.RunnerSocket(), g.runnerUID())
 	for i, s := range g.Sources {
 		fmt.Fprintf(&b, "[[source]]\nname = %q\nuser = \"%d\"\nfreshness = \"10s\"\nrate = 1000000\n", s, g.uid(i))
 	}
@@ -298,6 +344,10 @@ func (g *Gateway) PowerOff() error {
 		errs = append(errs, p.Kill())
 	}
 	g.drivers = map[string]*process.Process{}
+	for _, p := range g.runners {
+		errs = append(errs, p.Kill())
+	}
+	g.runners = nil
 	for _, p := range []*process.Process{g.agent, g.keep} {
 		if p != nil {
 			errs = append(errs, p.Kill())
@@ -315,6 +365,7 @@ func (g *Gateway) Stop() error {
 	for _, p := range g.drivers {
 		errs = append(errs, p.Stop())
 	}
+	errs = append(errs, g.StopRunners())
 	for _, p := range []*process.Process{g.agent, g.keep} {
 		if p != nil {
 			errs = append(errs, p.Stop())

@@ -60,7 +60,7 @@ func tempDir(prefix string) (string, error) {
 func build(dir string) error {
 	programs = dir
 	args := []string{"build", "-o", dir + string(filepath.Separator)}
-	for _, p := range []string{"keep", "agent", "cloud", "sensor"} {
+	for _, p := range []string{"keep", "agent", "cloud", "sensor", "runner"} {
 		args = append(args, "edgekeep/cmd/edgekeep-"+p)
 	}
 	cmd := exec.Command("go", args...)

@@ -79,7 +79,7 @@ func TestOtherFirmware(t *testing.T) {
 	r.upTo(5000)
 	epoch := r.epochs[0]
 	release := func(verdict []byte) error {
-		_, err := ask[keybroker.Release](b.ctx, b.raw("consumer"), "data.key",
+		_, err := ask[message.Release](b.ctx, b.raw("consumer"), "data.key",
 			keybroker.Request{Gateway: "gw1", Stream: "machine", Epoch: epoch[:], Verdict: verdict})
 		return err
 	}

@@ -31,7 +31,8 @@
 //     in asynchronous mode and the PAGEMAP_SCAN ioctl collects and re-arms
 //     them; a look costs microseconds, and the first write to a page after it
 //     about one microsecond. Linux 6.7 or later, and an architecture with
-//     userfaultfd write protection (amd64, arm64); secret memory included.
+//     userfaultfd write protection (amd64, arm64 from 6.10); secret memory
+//     included.
 //   - "compare": SHA-256 of every page against the last one. Works everywhere
 //     and costs a pass over the memory, which makes every committed page of
 //     the guest's size present. Digests give away what they are digests
@@ -53,7 +54,6 @@
 package memory
 
 import (
-	"bytes"
 	"fmt"
 	"math"
 	"os"
@@ -173,22 +173,6 @@ func (m *Memory) Bytes() []byte { return m.guest.space[:m.size:m.size] }
 // module is closed; a second call does nothing.
 func (m *Memory) Free() {
 	m.untrack()
-	if m.guest.kind != secret {
-		wipe(m.Bytes())
-	}
-	m.size = 0
 	m.guest.release()
-}
-
-// wipe zeroes b, without making pages present that were never written.
-func wipe(b []byte) {
-	page := os.Getpagesize()
-	zero := make([]byte, page)
-	for len(b) > 0 {
-		n := min(page, len(b))
-		if !bytes.Equal(b[:n], zero[:n]) {
-			clear(b[:n])
-		}
-		b = b[n:]
-	}
+	m.size = 0
 }

@@ -1,6 +1,7 @@
 package memory
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"unsafe"
@@ -126,13 +127,28 @@ func (r *region) rollback(n int) {
 	}
 }
 
-// release gives everything back. The region is empty afterwards.
+// release gives everything back, overwritten: secret memory by the kernel. The
+// region is empty afterwards, its kind stays.
 func (r *region) release() {
 	if r.space == nil {
 		return
+	}
+	if r.kind != secret {
+		wipe(r.space[:r.committed])
 	}
 	if err := unix.Munmap(r.space); err != nil {
 		panic(fmt.Sprintf("guest memory: unmapping %d bytes: %v", len(r.space), err))
 	}
 	*r = region{kind: r.kind}
+}
+
+// wipe zeroes b, whole pages, without making pages present that never were.
+func wipe(b []byte) {
+	page := os.Getpagesize()
+	zero := make([]byte, page)
+	for ; len(b) > 0; b = b[page:] {
+		if !bytes.Equal(b[:page], zero) {
+			clear(b[:page])
+		}
+	}
 }

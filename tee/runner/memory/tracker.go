@@ -22,11 +22,10 @@ type Tracker struct {
 // memory for the digests.
 func (m *Memory) Track() (*Tracker, error) {
 	s, err := openScanner()
-	if err == nil && m.probe(s) != nil {
-		s.close()
-		s = nil
+	if err != nil {
+		s = nil // Kind says so
 	}
-	return m.track(s) // without a scanner by comparing
+	return m.track(s)
 }
 
 // probe tries s on a page of each protection that the memory may get or, when
@@ -52,12 +51,20 @@ func (m *Memory) probe(s *scanner) error {
 	return nil
 }
 
-// track starts to track with s or, if that is nil, by comparing.
+// track starts to track with s or, if that is nil or does not work, by
+// comparing.
 func (m *Memory) track(s *scanner) (*Tracker, error) {
 	m.untrack()
+	if s != nil && m.probe(s) != nil {
+		s.close()
+		s = nil
+	}
 	t := &Tracker{memory: m, scanner: s}
 	m.tracker = t
-	err := t.begin()
+	var err error
+	if s == nil {
+		t.digests, err = reserve(pages(len(m.guest.space)) * sha256.Size)
+	}
 	if err == nil {
 		err = t.cover(0)
 	}
@@ -66,14 +73,6 @@ func (m *Memory) track(s *scanner) (*Tracker, error) {
 		return nil, fmt.Errorf("tracking guest memory: %w", err)
 	}
 	return t, nil
-}
-
-// begin reserves the digests, where they are needed, for the whole limit.
-func (t *Tracker) begin() (err error) {
-	if t.scanner == nil {
-		t.digests, err = reserve(pages(len(t.memory.guest.space)) * sha256.Size)
-	}
-	return err
 }
 
 // untrack ends the tracker, if there is one.

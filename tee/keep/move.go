@@ -1,0 +1,765 @@
+package keep
+
+import (
+	"bytes"
+	"crypto/hpke"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"time"
+
+	"edgekeep/internal/cose"
+	"edgekeep/tee"
+	"edgekeep/tee/attest"
+	"edgekeep/tee/message"
+	"edgekeep/workload"
+)
+
+// How a move goes (docs/move.pml is its model):
+//
+//	source                                target
+//	offer (verdict, manifest)          →
+//	                                   ←  accept (verdict)
+//	begin (bundle and session key)     →
+//	                                      commits "holding"
+//	                                   ←  ready
+//	frames: state, while batches run   →  durable, opened as they come
+//	stops; frames: the last delta,
+//	under the snapshot key             →  durable, sealed
+//	                                   ←  received (head)
+//	commits "frozen", and only then asks the ledger:
+//	compare-and-set (epoch → epoch+1, target, head)
+//	on the ledger's signed answer to this claim: commits "released": its means to
+//	run are destroyed, the snapshot key is in the state only as sealed to the target
+//	release (snapshot key, entry)      →
+//	                                      commits "live" at epoch+1; runs
+//	                                   ←  done
+//	forgets
+//
+// Before "frozen" a failure costs nothing: the source goes on. From then on it
+// goes forward, whatever crashes; if the ledger will not have the target, the
+// source claims the next epoch for itself. It never goes by what the ledger said
+// to an earlier question. Everything is repeated until it is answered, and
+// everything may come again.
+
+const (
+	movePatience = 60 * time.Second // before the freeze
+	repeatAfter  = time.Second
+	maxRefusals  = 5 // of a claim, until the source takes the instance back
+)
+
+// move is a move that the state does not know of yet: it is given up when
+// anything goes wrong.
+type move struct {
+	attempt  []byte
+	peer     string
+	source   bool
+	stage    int // of the source: the kind of message that it waits for
+	receive  []byte
+	session  tee.StateKey
+	final    tee.StateKey
+	began    time.Time
+	sent     time.Time
+	offer    workload.Control // target
+	received []byte           // head that the target has, in its own word
+}
+
+// startMove checks an operator's command to move an instance.
+func (k *Keep) startMove(c message.Command, res *message.Result) (effect func(), err error) {
+	name, to := c.Args["instance"], c.Args["to"]
+	i, ok := k.st.Instances[name]
+	switch {
+	case !ok || i.Phase != phaseLive:
+		return nil, fmt.Errorf("no instance %.32q runs here", name)
+	case to == k.st.Gateway:
+		return nil, fmt.Errorf("instance %s is on %s already", name, to)
+	case k.moves[name] != nil:
+		return nil, fmt.Errorf("instance %s is being moved already", name)
+	case !attest.ValidName(to):
+		return nil, fmt.Errorf("not a gateway's name: %.64q", to)
+	}
+	m, err := workload.PeekManifest(i.Manifest)
+	if err != nil {
+		return nil, err
+	}
+	if !m.Allows(to) {
+		return nil, fmt.Errorf("the manifest does not allow %s", to)
+	}
+	if i.Moves >= m.Moves {
+		return nil, fmt.Errorf("instance %s has moved %d times, as often as its manifest allows", name, i.Moves)
+	}
+	mv := &move{attempt: random(workload.AttemptSize), peer: to, source: true, stage: workload.KindAccept, began: time.Now()}
+	res.Output = map[string]string{"attempt": fmt.Sprintf("%x", mv.attempt)}
+	return func() {
+		k.moves[name] = mv
+		k.resend(name)
+	}, nil
+}
+
+// control fills in, signs and sends a message of a move.
+func (k *Keep) control(kind int, name, to string, c workload.Control) {
+	c.Kind, c.Instance, c.From, c.To, c.Verdict = kind, name, k.st.Gateway, to, k.verdictMsg
+	msg, err := c.Sign(k.epochKey)
+	if err != nil {
+		k.log.Error("a message of a move could not be signed", "err", err)
+		return
+	}
+	k.workloads.do("", tee.JobPeer, message.Routed{Peer: to, Data: msg}, nil)
+}
+
+func (k *Keep) refuse(name, to string, attempt []byte, reason error) {
+	k.control(workload.KindRefuse, name, to, workload.Control{Attempt: attempt, Reason: cut(reason.Error(), 512)})
+}
+
+// resendAll repeats what waits for an answer, and gives up moves that took too
+// long.
+func (k *Keep) resendAll() {
+	for _, name := range slices.Sorted(maps.Keys(k.moves)) {
+		mv := k.moves[name]
+		if time.Since(mv.began) > movePatience {
+			k.giveUp(name, fmt.Errorf("%s did not answer in %s", mv.peer, movePatience))
+		} else if time.Since(mv.sent) >= repeatAfter {
+			k.resend(name)
+		}
+	}
+	for name, i := range k.st.Instances {
+		if k.moves[name] == nil && i.Phase != phaseLive && time.Since(k.repeated[name]) >= repeatAfter {
+			k.resend(name)
+			k.workloads.advanceSoon()
+		}
+	}
+}
+
+// resend sends what an instance's move waits for an answer to.
+func (k *Keep) resend(name string) {
+	i := k.st.Instances[name]
+	if k.verdictMsg == nil {
+		return // nobody would believe us yet
+	}
+	if mv := k.moves[name]; mv != nil {
+		mv.sent = time.Now()
+		if mv.source {
+			k.resendSource(name, i, mv)
+		} else {
+			k.control(workload.KindAccept, name, mv.peer, workload.Control{Attempt: mv.attempt})
+		}
+		return
+	}
+	k.repeated[name] = time.Now()
+	switch i.Phase {
+	case phaseFrozen:
+		k.claim(name, workload.Entry{
+			Holder: i.Move.Peer, Bundle: workload.ID(i.Manifest), Attempt: i.Move.Attempt, Head: i.Move.Head, Line: i.Move.Line, Receive: receiveID(i.Move.Receive),
+		}, i)
+	case phaseReleased:
+		k.control(workload.KindRelease, name, i.Move.Peer, workload.Control{Attempt: i.Move.Attempt, Sealed: i.Move.Sealed, Head: i.Move.Head, Entry: i.Move.Entry})
+	case phaseHolding:
+		if head := k.workloads.receivedHead(name); head != nil {
+			k.control(workload.KindReceived, name, i.Move.Peer, workload.Control{Attempt: i.Move.Attempt, Head: head})
+		} else {
+			k.control(workload.KindReady, name, i.Move.Peer, workload.Control{Attempt: i.Move.Attempt})
+		}
+	case phaseStopped:
+		k.claim(name, workload.Entry{Bundle: workload.ID(i.Manifest), Line: k.sealer.line(name)}, i)
+	}
+}
+
+func receiveID(key []byte) []byte {
+	pub, err := cose.UnmarshalHPKEKey(key)
+	if err != nil {
+		return nil
+	}
+	return cose.HPKEKeyID(pub)
+}
+
+func (k *Keep) resendSource(name string, i instance, mv *move) {
+	switch mv.stage {
+	case workload.KindAccept:
+		k.control(workload.KindOffer, name, mv.peer, workload.Control{
+			Attempt: mv.attempt, Manifest: i.Manifest, Inputs: i.Inputs, Epoch: i.Epoch, Moves: i.Moves,
+		})
+	case workload.KindReady:
+		to, err := cose.UnmarshalHPKEKey(mv.receive)
+		var sealed []byte
+		if err == nil {
+			keys := cose.MustMarshal(workload.Keys{Bundle: i.BundleKey, Session: mv.session.Key})
+			sealed, err = workload.SealTo(workload.PurposeMove, moveContext(mv.attempt, mv.session.ID), keys, to)
+		}
+		if err != nil {
+			k.giveUp(name, err)
+			return
+		}
+		k.control(workload.KindBegin, name, mv.peer, workload.Control{Attempt: mv.attempt, Sealed: sealed, KeyID: mv.session.ID})
+	}
+}
+
+func moveContext(attempt, id []byte) []byte { return cose.MustMarshal([][]byte{attempt, id}) }
+
+// giveUp ends a move that the state does not know of: nothing has happened.
+func (k *Keep) giveUp(name string, reason error) {
+	mv := k.moves[name]
+	delete(k.moves, name)
+	if mv == nil {
+		return
+	}
+	k.log.Warn("a move was given up", "instance", name, "peer", mv.peer, "reason", reason)
+	if mv.source {
+		k.workloads.setRoute(name, route{})
+		k.refuse(name, mv.peer, mv.attempt, reason)
+		k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: k.st.Instances[name].Epoch})
+	}
+}
+
+// claim asks the ledger. Its answer counts only for this very claim.
+func (k *Keep) claim(name string, e workload.Entry, i instance) {
+	e.Instance, e.Epoch = name, i.Epoch+1
+	msg, err := workload.Claim{Instance: name, From: i.Epoch, Entry: e}.Sign(k.epochKey)
+	if err != nil {
+		k.log.Error("a claim could not be signed", "err", err)
+		return
+	}
+	q := tee.Question{Kind: message.AskLedger, Body: cose.MustMarshal(message.Signed{Message: msg})}
+	k.workloads.do("", tee.JobAsk, q, func(d tee.JobDone) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.heardLedger(name, msg, d)
+	})
+}
+
+// heard is the ledger's answer to our newest claim, until the next step uses it.
+type heard struct {
+	entry   workload.Entry
+	msg     []byte
+	refused string
+}
+
+func (k *Keep) heardLedger(name string, claim []byte, d tee.JobDone) {
+	reason, refused := strings.CutPrefix(d.Error, tee.CloudRefuses)
+	if d.Error != "" && !refused {
+		return // not heard: asked again
+	}
+	if refused {
+		// The cloud's word that this claim is not allowed is not signed, and need not
+		// be: all that follows from it is another claim.
+		k.log.Warn("the ledger did not take a claim", "instance", name, "reason", printable(reason))
+		k.ledger[name] = heard{refused: reason}
+	} else {
+		var s message.Signed
+		if err := cose.Unmarshal(d.Body, &s); err != nil {
+			return
+		}
+		e, err := workload.VerifyEntry(k.roots.Fleet, s.Message)
+		if err != nil || e.Instance != name || !e.Answers(claim) {
+			k.log.Warn("an answer that is not the ledger's", "instance", name, "err", err)
+			return
+		}
+		k.ledger[name] = heard{entry: e, msg: s.Message}
+	}
+	k.workloads.advanceSoon()
+}
+
+// advanceStep takes the next step that waits, if any.
+func (k *Keep) advanceStep(tee.Advance) (tee.Outcome, error) {
+	if k.phase != tee.PhaseEnrolled {
+		return tee.Outcome{}, fmt.Errorf("the keep is %s", k.phase)
+	}
+	if k.pending != nil {
+		return tee.Outcome{}, nil // asked for again by the tick
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.st.Instances)) {
+		i := k.st.Instances[name]
+		next, act, err := k.nextStep(name, i)
+		if err != nil {
+			k.log.Error("a move cannot go on", "instance", name, "reason", err)
+			continue
+		}
+		if act == nil {
+			continue
+		}
+		return k.step(next, func() (tee.Outcome, error) {
+			k.adoptInstances()
+			act()
+			k.workloads.advanceSoon()
+			return tee.Outcome{}, nil
+		})
+	}
+	return tee.Outcome{}, nil
+}
+
+// nextStep is the step that an instance can take now; act is nil if there is none.
+func (k *Keep) nextStep(name string, i instance) (next state, act func(), err error) {
+	answer, answered := k.ledger[name]
+	switch i.Phase {
+	case phaseLive:
+		mv := k.moves[name]
+		final := k.workloads.final(name)
+		if mv == nil || !mv.source || final == nil || mv.received == nil {
+			return state{}, nil, nil
+		}
+		if !bytes.Equal(final.Head, mv.received) {
+			k.giveUp(name, errors.New("the target received something else than was sent"))
+			return state{}, nil, nil
+		}
+		i.Phase = phaseFrozen
+		i.Move = &passage{Attempt: mv.attempt, Peer: mv.peer, Receive: mv.receive, Final: mv.final, Head: final.Head, Line: final.Line}
+		return k.withInstance(name, &i), func() {
+			delete(k.moves, name)
+			k.resend(name)
+		}, nil
+	case phaseFrozen:
+		if !answered {
+			return state{}, nil, nil
+		}
+		delete(k.ledger, name)
+		if answer.refused == "" {
+			delete(k.refusals, name)
+		}
+		return k.afterClaim(name, i, answer)
+	case phaseHolding:
+		if head := k.workloads.receivedHead(name); head != nil && !bytes.Equal(head, k.said[name]) {
+			k.said[name] = head
+			k.resend(name)
+		}
+	case phaseStopped:
+		if !answered || answer.refused != "" {
+			return state{}, nil, nil
+		}
+		delete(k.ledger, name)
+		return k.withInstance(name, nil), func() {}, nil
+	}
+	return state{}, nil, nil
+}
+
+// afterClaim goes on from the ledger's answer to a frozen instance's claim.
+func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act func(), err error) {
+	e := a.entry
+	switch {
+	case a.refused != "": // perhaps not yet: our verdict may be on its way
+		if k.refusals[name]++; k.refusals[name] < maxRefusals {
+			return state{}, nil, nil
+		}
+		// The target may not have it: claim the next epoch for ourselves.
+		k.claim(name, workload.Entry{Holder: k.st.Gateway, Bundle: workload.ID(i.Manifest), Attempt: selfAttempt(i.Move.Attempt), Line: i.Move.Line}, i)
+		return state{}, nil, nil
+	case e.Epoch == i.Epoch+1 && e.Holder == i.Move.Peer && bytes.Equal(e.Attempt, i.Move.Attempt) && bytes.Equal(e.Head, i.Move.Head):
+		to, err := cose.UnmarshalHPKEKey(i.Move.Receive)
+		if err != nil {
+			return state{}, nil, err
+		}
+		sealed, err := workload.SealTo(workload.PurposeRelease, releaseContext(i.Move.Attempt, i.Move.Head), cose.MustMarshal(i.Move.Final), to)
+		if err != nil {
+			return state{}, nil, err
+		}
+		gone := instance{Phase: phaseReleased, Manifest: i.Manifest, Epoch: i.Epoch, Moves: i.Moves, Move: &passage{
+			Attempt: i.Move.Attempt, Peer: i.Move.Peer, Head: i.Move.Head, Line: i.Move.Line, Sealed: sealed, Entry: a.msg,
+		}}
+		return k.withInstance(name, &gone), func() {
+			k.log.Info("moved away", "instance", name, "to", e.Holder, "epoch", e.Epoch)
+			k.resend(name)
+			k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, nil)
+		}, nil
+	case e.Epoch == i.Epoch+1 && e.Holder == k.st.Gateway && bytes.Equal(e.Attempt, selfAttempt(i.Move.Attempt)):
+		k.refuse(name, i.Move.Peer, i.Move.Attempt, errors.New("the ledger did not take the move"))
+		i.Phase, i.Epoch, i.Move = phaseLive, e.Epoch, nil
+		return k.withInstance(name, &i), func() {
+			k.log.Warn("a move did not come about; the instance goes on here", "instance", name, "epoch", e.Epoch)
+			k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: e.Epoch})
+		}, nil
+	}
+	// Another entry: someone else holds the instance by the owner's word. What is
+	// here is of no use any more, and must not run.
+	return k.withInstance(name, nil), func() {
+		k.log.Error("the ledger gave the instance to another: what was here is dropped", "instance", name, "holder", e.Holder, "epoch", e.Epoch)
+		k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, nil)
+	}, nil
+}
+
+func selfAttempt(attempt []byte) []byte {
+	out := bytes.Clone(attempt)
+	for i := range out {
+		out[i] ^= 0xff
+	}
+	return out
+}
+
+func releaseContext(attempt, head []byte) []byte { return cose.MustMarshal([][]byte{attempt, head}) }
+
+// peer takes a message from another keep, or from the cloud's services.
+func (k *Keep) peer(r tee.Peer) (tee.Outcome, error) {
+	if k.phase != tee.PhaseEnrolled {
+		return tee.Outcome{}, fmt.Errorf("the keep is %s", k.phase)
+	}
+	e, err := workload.Unwrap(r.Data)
+	if err != nil {
+		return tee.Outcome{}, err
+	}
+	if e.Kind == workload.KindRequest {
+		return tee.Outcome{}, k.request(e)
+	}
+	c, v, err := k.verifyControl(e)
+	if err != nil {
+		return tee.Outcome{}, err
+	}
+	switch e.Kind {
+	case workload.KindOffer:
+		return tee.Outcome{}, k.offered(c)
+	case workload.KindAccept:
+		return tee.Outcome{}, k.accepted(c, v)
+	case workload.KindBegin:
+		return k.begun(c)
+	case workload.KindReady:
+		return tee.Outcome{}, k.ready(c)
+	case workload.KindReceived:
+		return tee.Outcome{}, k.received(c)
+	case workload.KindRelease:
+		return k.released(c)
+	case workload.KindDone:
+		return k.done(c)
+	case workload.KindRefuse:
+		return k.refused(c)
+	}
+	return tee.Outcome{}, fmt.Errorf("a routed message of unknown kind %d", e.Kind)
+}
+
+// verifyControl checks that a message is of a keep of this tenant that has a good
+// verdict, and for this one.
+func (k *Keep) verifyControl(e workload.Envelope) (workload.Control, attest.Verdict, error) {
+	msg, err := workload.Body[[]byte](e)
+	if err != nil {
+		return workload.Control{}, attest.Verdict{}, err
+	}
+	c, err := workload.PeekControl(e.Kind, msg)
+	if err != nil {
+		return c, attest.Verdict{}, err
+	}
+	v, err := attest.VerifyVerdict(k.roots.Verifier, c.Verdict)
+	if err != nil {
+		return c, v, err
+	}
+	now, err := k.cloudTime()
+	if err != nil {
+		return c, v, err
+	}
+	if err := v.Usable(k.st.Tenant+"/"+c.From, k.st.Tenant, now); err != nil {
+		return c, v, err
+	}
+	pub, err := cose.UnmarshalKey(v.Cnf.Key)
+	if err != nil {
+		return c, v, err
+	}
+	if c, err = workload.VerifyControl(pub, e.Kind, msg); err != nil {
+		return c, v, err
+	}
+	if c.To != k.st.Gateway || c.From == k.st.Gateway {
+		return c, v, fmt.Errorf("the message is for %s", c.To)
+	}
+	return c, v, nil
+}
+
+// ofMove returns the move that a message to the source is about.
+func (k *Keep) ofMove(c workload.Control, stage int) (*move, error) {
+	mv := k.moves[c.Instance]
+	if mv == nil || !bytes.Equal(mv.attempt, c.Attempt) || mv.peer != c.From || !mv.source {
+		i, ok := k.st.Instances[c.Instance]
+		if ok && i.Move != nil && bytes.Equal(i.Move.Attempt, c.Attempt) {
+			return nil, nil // further on already
+		}
+		err := errors.New("no such move is under way")
+		if c.Kind != workload.KindAccept { // it waits with what it has of the instance: let it forget
+			k.refuse(c.Instance, c.From, c.Attempt, err)
+		}
+		return nil, err
+	}
+	if mv.stage != stage {
+		return nil, nil // it came again
+	}
+	return mv, nil
+}
+
+// offered is the target's first look: may the instance come here?
+func (k *Keep) offered(c workload.Control) error {
+	i, known := k.st.Instances[c.Instance]
+	if known && i.Move != nil && bytes.Equal(i.Move.Attempt, c.Attempt) {
+		return nil // further on already
+	}
+	m, err := workload.VerifyManifest(k.roots.Operator, c.Manifest)
+	if err == nil {
+		err = k.mayRun(c.Instance, m, c.Inputs)
+	}
+	if err == nil && k.verdictMsg == nil {
+		err = errors.New("this keep has no verdict yet")
+	}
+	if err == nil && known && i.Phase == phaseHolding && i.Move.Peer != c.From {
+		err = fmt.Errorf("instance %s is moving here from %s", c.Instance, i.Move.Peer)
+	}
+	if err == nil && !known && !k.workloads.idle() {
+		err = errors.New("no runner is idle")
+	}
+	if err == nil && k.moves[c.Instance] != nil && k.moves[c.Instance].source {
+		err = errors.New("it is being moved from here")
+	}
+	if err != nil {
+		k.refuse(c.Instance, c.From, c.Attempt, err)
+		return err
+	}
+	k.moves[c.Instance] = &move{attempt: c.Attempt, peer: c.From, offer: c, began: time.Now()}
+	k.resend(c.Instance)
+	return nil
+}
+
+// accepted is the source's look at the target.
+func (k *Keep) accepted(c workload.Control, v attest.Verdict) error {
+	mv, err := k.ofMove(c, workload.KindAccept)
+	if err != nil || mv == nil {
+		return err
+	}
+	m, err := workload.PeekManifest(k.st.Instances[c.Instance].Manifest)
+	if err == nil {
+		err = m.Assured(v.Assurance)
+	}
+	if err == nil {
+		_, err = cose.UnmarshalHPKEKey(v.Keys[attest.PurposeReceive])
+	}
+	if err != nil {
+		k.giveUp(c.Instance, err)
+		return err
+	}
+	mv.receive, mv.session, mv.final, mv.stage = v.Keys[attest.PurposeReceive], newStateKey(), newStateKey(), workload.KindReady
+	k.resend(c.Instance)
+	return nil
+}
+
+// begun makes the target's state know of the move.
+func (k *Keep) begun(c workload.Control) (tee.Outcome, error) {
+	if i, ok := k.st.Instances[c.Instance]; ok && i.Move != nil && bytes.Equal(i.Move.Attempt, c.Attempt) {
+		return tee.Outcome{}, nil
+	}
+	mv := k.moves[c.Instance]
+	if mv == nil || mv.source || !bytes.Equal(mv.attempt, c.Attempt) || mv.peer != c.From {
+		return tee.Outcome{}, errors.New("no such move is under way")
+	}
+	keys, err := k.openSealed(workload.PurposeMove, moveContext(c.Attempt, c.KeyID), c.Sealed)
+	if err != nil {
+		return tee.Outcome{}, err
+	}
+	var secret workload.Keys
+	if err := cose.Unmarshal(keys, &secret); err != nil || len(secret.Bundle) != workload.KeySize || len(secret.Session) != workload.KeySize {
+		return tee.Outcome{}, errors.New("the keys of the move are malformed")
+	}
+	next := k.withInstance(c.Instance, &instance{
+		Phase: phaseHolding, Manifest: mv.offer.Manifest, BundleKey: secret.Bundle, Epoch: mv.offer.Epoch, Inputs: mv.offer.Inputs, Moves: mv.offer.Moves,
+		Keys: []tee.StateKey{{ID: c.KeyID, Key: secret.Session}}, Move: &passage{Attempt: c.Attempt, Peer: c.From},
+	})
+	return k.step(next, func() (tee.Outcome, error) {
+		delete(k.moves, c.Instance)
+		k.workloads.forget(c.Instance)
+		k.workloads.do(c.Instance, tee.JobDrop, tee.DropLog{Instance: c.Instance}, nil)
+		k.adoptInstances()
+		k.resend(c.Instance)
+		return tee.Outcome{}, nil
+	})
+}
+
+func (k *Keep) openSealed(purpose string, context, sealed []byte) ([]byte, error) {
+	var key hpke.PrivateKey
+	key, err := k.receiveKey(k.st)
+	if err != nil {
+		return nil, err
+	}
+	return workload.OpenFrom(purpose, context, sealed, key)
+}
+
+// ready lets the source's runner send.
+func (k *Keep) ready(c workload.Control) error {
+	mv, err := k.ofMove(c, workload.KindReady)
+	if err != nil || mv == nil {
+		return err
+	}
+	mv.stage, mv.began = workload.KindReceived, time.Now()
+	k.workloads.setRoute(c.Instance, route{mv.peer, mv.attempt})
+	k.workloads.tell(c.Instance, tee.KindSend, tee.Send{Attempt: mv.attempt, Session: mv.session, Final: mv.final})
+	return nil
+}
+
+func (k *Keep) received(c workload.Control) error {
+	mv, err := k.ofMove(c, workload.KindReceived)
+	if err != nil || mv == nil {
+		return err
+	}
+	mv.received = c.Head
+	k.workloads.advanceSoon()
+	return nil
+}
+
+// released makes the instance live here.
+func (k *Keep) released(c workload.Control) (tee.Outcome, error) {
+	i, ok := k.st.Instances[c.Instance]
+	if !ok || i.Move == nil || !bytes.Equal(i.Move.Attempt, c.Attempt) || i.Move.Peer != c.From {
+		return tee.Outcome{}, errors.New("a release of a move that this keep knows nothing of")
+	}
+	if i.Phase != phaseHolding {
+		k.control(workload.KindDone, c.Instance, c.From, workload.Control{Attempt: c.Attempt})
+		return tee.Outcome{}, nil
+	}
+	e, err := workload.VerifyEntry(k.roots.Fleet, c.Entry)
+	if err != nil {
+		return tee.Outcome{}, err
+	}
+	head := k.workloads.receivedHead(c.Instance)
+	if e.Instance != c.Instance || e.Epoch != i.Epoch+1 || e.Holder != k.st.Gateway || !bytes.Equal(e.Attempt, c.Attempt) || !bytes.Equal(e.Head, c.Head) {
+		return tee.Outcome{}, errors.New("the ledger's entry is not of this move")
+	}
+	if !bytes.Equal(head, e.Head) {
+		return tee.Outcome{}, errors.New("what came is not what the ledger says: waiting for the rest")
+	}
+	secret, err := k.openSealed(workload.PurposeRelease, releaseContext(c.Attempt, c.Head), c.Sealed)
+	if err != nil {
+		return tee.Outcome{}, err
+	}
+	var final tee.StateKey
+	if err := cose.Unmarshal(secret, &final); err != nil {
+		return tee.Outcome{}, fmt.Errorf("the snapshot key: %w", err)
+	}
+	i.Phase, i.Epoch, i.Moves = phaseLive, e.Epoch, i.Moves+1
+	i.Keys = append(slices.Clone(i.Keys), final, newStateKey())
+	i.Move = &passage{Attempt: c.Attempt, Peer: c.From, Head: e.Head, Line: e.Line}
+	return k.step(k.withInstance(c.Instance, &i), func() (tee.Outcome, error) {
+		k.adoptInstances()
+		k.workloads.tell(c.Instance, tee.KindActivate, tee.Activate{Epoch: i.Epoch, Keys: i.Keys, Head: e.Head, Line: e.Line})
+		k.log.Info("moved here", "instance", c.Instance, "from", c.From, "epoch", i.Epoch)
+		k.control(workload.KindDone, c.Instance, c.From, workload.Control{Attempt: c.Attempt})
+		return tee.Outcome{}, nil
+	})
+}
+
+// done lets the source forget.
+func (k *Keep) done(c workload.Control) (tee.Outcome, error) {
+	i, ok := k.st.Instances[c.Instance]
+	if !ok || i.Phase != phaseReleased || !bytes.Equal(i.Move.Attempt, c.Attempt) || i.Move.Peer != c.From {
+		return tee.Outcome{}, nil // long ago
+	}
+	return k.step(k.withInstance(c.Instance, nil), func() (tee.Outcome, error) {
+		k.adoptInstances()
+		return tee.Outcome{}, nil
+	})
+}
+
+// refused ends a move that the other side will not have. What the source says
+// after it froze, it says after the ledger gave it the next epoch.
+func (k *Keep) refused(c workload.Control) (tee.Outcome, error) {
+	if mv := k.moves[c.Instance]; mv != nil && bytes.Equal(mv.attempt, c.Attempt) && mv.peer == c.From {
+		k.giveUp(c.Instance, fmt.Errorf("%s refuses: %s", c.From, printable(c.Reason)))
+		return tee.Outcome{}, nil
+	}
+	i, ok := k.st.Instances[c.Instance]
+	if !ok || i.Phase != phaseHolding || !bytes.Equal(i.Move.Attempt, c.Attempt) || i.Move.Peer != c.From {
+		return tee.Outcome{}, nil
+	}
+	return k.step(k.withInstance(c.Instance, nil), func() (tee.Outcome, error) {
+		k.log.Warn("a move to here was given up", "instance", c.Instance, "from", c.From, "reason", printable(c.Reason))
+		k.adoptInstances()
+		k.workloads.do(c.Instance, tee.JobDrop, tee.DropLog{Instance: c.Instance}, nil)
+		return tee.Outcome{}, nil
+	})
+}
+
+// The runners' part of a move.
+
+// relay passes a frame, or word of how many came, on to the other runner.
+func (w *workloads) relay(name string, kind int, n uint64, data []byte) error {
+	w.mu.Lock()
+	to := w.routes[name]
+	w.mu.Unlock()
+	if to.peer == "" {
+		return nil // the move is over
+	}
+	msg := workload.Wrap(kind, workload.Frame{Attempt: to.attempt, N: n, Data: data})
+	j := &job{InstanceJob: tee.InstanceJob{Instance: name, Job: tee.Job{Kind: tee.JobPeer, Body: cose.MustMarshal(message.Routed{Peer: to.peer, Data: msg})}}}
+	return w.enqueue(j)
+}
+
+// frame hands a frame from another gateway to the runner it is for, without the
+// keep's lock. What finds no room is sent again.
+func (w *workloads) frame(e workload.Envelope) error {
+	f, err := workload.Body[workload.Frame](e)
+	if err != nil {
+		return err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for name, to := range w.routes {
+		st := w.run[name]
+		if !bytes.Equal(to.attempt, f.Attempt) || st == nil || st.runner == nil || st.runner.size+len(f.Data) > maxOut {
+			continue
+		}
+		if e.Kind == workload.KindFrame {
+			w.send(st.runner, tee.KindFrame, tee.Frame{N: f.N, Data: f.Data}, len(f.Data)+64)
+		} else {
+			w.send(st.runner, tee.KindFrameAck, tee.FrameAck{N: f.N}, 64)
+		}
+		return nil
+	}
+	return errors.New("a frame of no move that is under way")
+}
+
+// route is where an instance's frames go.
+type route struct {
+	peer    string
+	attempt []byte
+}
+
+// setRoute starts, or without a peer ends, the passing on of frames of an instance
+// that moves away.
+func (w *workloads) setRoute(name string, to route) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.routes, name)
+	if st := w.run[name]; st != nil && to.peer != "" {
+		st.final = nil
+		w.routes[name] = to
+	}
+}
+
+func (w *workloads) tell(name string, kind int, body any) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st := w.run[name]; st != nil && st.runner != nil {
+		w.send(st.runner, kind, body, 4096)
+	}
+}
+
+func (w *workloads) final(name string) *tee.Final {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st := w.run[name]; st != nil {
+		return st.final
+	}
+	return nil
+}
+
+func (w *workloads) receivedHead(name string) []byte {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st := w.run[name]; st != nil {
+		return st.received
+	}
+	return nil
+}
+
+// forget drops what is known of an earlier instance of this name, and its runner.
+func (w *workloads) forget(name string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st := w.run[name]; st != nil {
+		w.release(st)
+		delete(w.run, name)
+	}
+}
+
+func (w *workloads) advanceSoon() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.wantAdvance()
+}

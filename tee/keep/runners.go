@@ -1,0 +1,650 @@
+package keep
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"edgekeep/internal/cose"
+	"edgekeep/sealing"
+	"edgekeep/tee"
+	"edgekeep/tee/message"
+	"edgekeep/workload"
+)
+
+// Bounds of what waits for a runner or for the agent.
+const (
+	maxRunners     = 32
+	maxOut         = 16 << 20 // bytes that wait for a runner
+	maxJobs        = 256      // of one instance, or of the keep itself, under way
+	maxJobBytes    = 32 << 20 // of one instance, under way
+	maxJobsReply   = 600 << 10
+	restartMin     = time.Second
+	restartMax     = time.Minute
+	runnerPatience = 10 * time.Second
+)
+
+// workloads knows the runners and which instance each of them has. It has its
+// own lock, which is taken last: nothing in it waits for the TPM or for a runner.
+type workloads struct {
+	k *Keep
+
+	mu      sync.Mutex // protects what follows
+	specs   map[string]instance
+	run     map[string]*running
+	runners map[*runner]struct{}
+	queue   []*job // not taken by the agent yet, oldest first
+	jobs    map[uint64]*job
+	nextJob uint64
+	arrived chan struct{} // closed and replaced when the queue grows
+	advance bool          // the agent was asked to call Advance
+	routes  map[string]route
+}
+
+// running is what is known of an instance beside its state.
+type running struct {
+	runner   *runner
+	report   tee.Report
+	newest   []byte         // head of the newest state that was committed here
+	acked    sealing.Cursor // newest result that is durable
+	starts   int            // in a row that did not last
+	after    time.Time
+	began    time.Time
+	final    *tee.Final // what a runner that moves away has sent
+	received []byte     // head of what a runner that takes in has
+	infer    map[uint64]func(tee.Inferred)
+}
+
+// runner is a connected runner.
+type runner struct {
+	d        *tee.Duplex
+	hello    tee.Hello
+	instance string // empty: idle
+
+	out    []outgoing
+	size   int
+	missed map[string]bool // streams of which a chunk found no room
+	wake   chan struct{}
+}
+
+type outgoing struct {
+	kind int
+	body any
+	size int
+}
+
+// job is something for the agent to do, and who waits for it.
+type job struct {
+	tee.InstanceJob
+	runner *runner // with theirs
+	theirs uint64
+	done   func(tee.JobDone) // of the keep's own jobs; may be nil
+}
+
+func newWorkloads(k *Keep) *workloads {
+	return &workloads{
+		k: k, specs: map[string]instance{}, run: map[string]*running{}, runners: map[*runner]struct{}{},
+		jobs: map[uint64]*job{}, arrived: make(chan struct{}), routes: map[string]route{},
+	}
+}
+
+// Runners serves runners on l until ctx ends.
+func (k *Keep) Runners(ctx context.Context, l net.Listener) error {
+	g, ctx := errgroup.WithContext(ctx)
+	defer context.AfterFunc(ctx, func() { l.Close() })()
+	g.Go(func() error { k.tick(ctx); return nil })
+	for {
+		conn, err := l.Accept()
+		if err != nil {
+			if ctx.Err() == nil {
+				g.Go(func() error { return fmt.Errorf("accepting runners: %w", err) })
+			}
+			return g.Wait()
+		}
+		uid, err := peerUID(conn)
+		if err != nil || uid != k.cfg.RunnerUID {
+			k.log.Warn("a runner was turned away: it is not of the configured user", "user", uid, "err", err)
+			conn.Close()
+			continue
+		}
+		g.Go(func() error { k.workloads.serve(ctx, conn); return nil })
+	}
+}
+
+// serve talks with one runner until either side ends.
+func (w *workloads) serve(ctx context.Context, conn net.Conn) {
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
+	defer conn.Close()
+	r := &runner{d: tee.NewDuplex(conn), missed: map[string]bool{}, wake: make(chan struct{}, 1)}
+	_ = conn.SetReadDeadline(time.Now().Add(runnerPatience))
+	kind, body, err := r.d.Receive()
+	if err == nil && kind != tee.KindHello {
+		err = errors.New("it did not say hello")
+	}
+	if err == nil {
+		r.hello, err = tee.Body[tee.Hello](body)
+	}
+	if err == nil {
+		err = w.add(r)
+	}
+	if err != nil {
+		w.k.log.Warn("a runner was turned away", "reason", err)
+		return
+	}
+	_ = conn.SetReadDeadline(time.Time{})
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() { // joined below
+		defer close(done)
+		defer conn.Close()
+		w.write(ctx, r)
+	}()
+	for err == nil {
+		if kind, body, err = r.d.Receive(); err == nil {
+			err = w.message(r, kind, body)
+		}
+	}
+	cancel()
+	<-done
+	w.gone(r, err)
+}
+
+func (w *workloads) add(r *runner) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.runners) >= maxRunners {
+		return fmt.Errorf("%d runners are connected already", maxRunners)
+	}
+	w.runners[r] = struct{}{}
+	w.assign()
+	return nil
+}
+
+// write sends what waits for a runner.
+func (w *workloads) write(ctx context.Context, r *runner) {
+	for {
+		w.mu.Lock()
+		out := r.out
+		r.out = nil
+		w.mu.Unlock()
+		for _, o := range out {
+			if r.d.Send(o.kind, o.body) != nil {
+				return
+			}
+			w.mu.Lock()
+			r.size -= o.size
+			w.mu.Unlock()
+		}
+		if len(out) > 0 {
+			continue
+		}
+		select {
+		case <-r.wake:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// send queues a message for a runner. One that does not read is cut off. The
+// caller holds w.mu.
+func (w *workloads) send(r *runner, kind int, body any, size int) {
+	if r.size+size > maxOut+tee.MaxFrame {
+		r.d.Close()
+		return
+	}
+	r.out, r.size = append(r.out, outgoing{kind, body, size}), r.size+size
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// gone notes that a runner has ended. Its instance gets another one, later each
+// time that it did not last.
+func (w *workloads) gone(r *runner, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	delete(w.runners, r)
+	maps.DeleteFunc(w.jobs, func(_ uint64, j *job) bool { return j.runner == r })
+	w.queue = slices.DeleteFunc(w.queue, func(j *job) bool { return j.runner == r })
+	st := w.run[r.instance]
+	if st == nil || st.runner != r {
+		return
+	}
+	st.runner, st.report.Running, st.final, st.received = nil, false, nil, nil
+	for id, f := range st.infer {
+		f(tee.Inferred{ID: id, Error: "the workload's runner ended before it answered"})
+	}
+	st.infer = map[uint64]func(tee.Inferred){}
+	if time.Since(st.began) > restartMax {
+		st.starts = 0
+	}
+	wait := min(restartMin<<min(st.starts, 10), restartMax)
+	st.starts++
+	st.after = time.Now().Add(wait)
+	time.AfterFunc(wait, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.assign()
+	})
+	if spec, ok := w.specs[r.instance]; ok && spec.Phase == phaseLive {
+		w.k.log.Warn("a workload's runner ended", "instance", r.instance, "reason", err, "last", st.report.Reason, "again in", wait)
+	}
+}
+
+// set takes over the committed state of instances.
+func (w *workloads) set(specs map[string]instance) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.specs = specs
+	for name, st := range w.run {
+		if s, ok := specs[name]; !ok || !s.runs() {
+			w.release(st)
+			delete(w.routes, name)
+			if !ok {
+				delete(w.run, name)
+			}
+		}
+	}
+	for name, s := range specs {
+		if s.Phase == phaseHolding {
+			w.routes[name] = route{s.Move.Peer, s.Move.Attempt}
+		}
+		if w.run[name] == nil {
+			w.run[name] = &running{infer: map[uint64]func(tee.Inferred){}}
+		}
+	}
+	w.assign()
+}
+
+// release ends an instance's runner. The caller holds w.mu.
+func (w *workloads) release(st *running) {
+	if st.runner != nil {
+		st.runner.d.Close()
+	}
+}
+
+// assign gives idle runners instances. The caller holds w.mu.
+func (w *workloads) assign() {
+	for name, st := range w.run {
+		spec := w.specs[name]
+		if st.runner != nil || st.report.Refused || !spec.runs() || time.Now().Before(st.after) {
+			continue
+		}
+		for r := range w.runners {
+			if r.instance != "" {
+				continue
+			}
+			r.instance, st.runner, st.began = name, r, time.Now()
+			st.final, st.received = nil, nil
+			w.send(r, tee.KindAssign, w.assignment(name, spec, st), 4096)
+			break
+		}
+	}
+}
+
+func (w *workloads) assignment(name string, spec instance, st *running) tee.Assign {
+	a := tee.Assign{
+		Instance: name, Epoch: spec.Epoch, Manifest: spec.Manifest, BundleKey: spec.BundleKey,
+		Keys: spec.Keys, Receive: spec.Phase == phaseHolding, Newest: st.newest,
+	}
+	if st.acked.Session == session(name, spec.Epoch) {
+		a.Line = st.acked.Line
+	}
+	for _, in := range spec.Inputs {
+		input := tee.Input{Gateway: in.Gateway, Stream: in.Stream, Local: in.Gateway == w.k.gatewayName()}
+		if at, ok := spec.Starts[in.Stream]; ok && input.Local && at.Known() {
+			input.Epoch, input.Seq, input.Head = at.Epoch[:], at.Count-1, at.Head
+		}
+		a.Inputs = append(a.Inputs, input)
+	}
+	return a
+}
+
+// idle reports whether a runner waits for work.
+func (w *workloads) idle() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for r := range w.runners {
+		if r.instance == "" {
+			return true
+		}
+	}
+	return false
+}
+
+// feed hands a durable chunk to the instances that read its stream. A runner that
+// is behind is told that it missed something, and fetches it.
+func (w *workloads) feed(stream string, chunk []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for name, st := range w.run {
+		spec := w.specs[name]
+		if st.runner == nil || spec.Phase != phaseLive || !spec.reads(w.k.gatewayName(), stream) {
+			continue
+		}
+		r := st.runner
+		if r.size+len(chunk) > maxOut {
+			r.missed[stream] = true
+			continue
+		}
+		if r.missed[stream] {
+			delete(r.missed, stream)
+			w.send(r, tee.KindFeed, tee.Feed{Stream: stream}, 64)
+		}
+		w.send(r, tee.KindFeed, tee.Feed{Stream: stream, Chunk: chunk}, len(chunk)+64)
+	}
+}
+
+// acked tells an instance how far its results are durable.
+func (w *workloads) acked(name string, c sealing.Cursor) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	st := w.run[name]
+	if st == nil {
+		return
+	}
+	st.acked = c
+	if st.runner != nil && c.Session == session(name, w.specs[name].Epoch) {
+		w.send(st.runner, tee.KindOutputAck, tee.OutputAck{Line: c.Line}, 64)
+	}
+}
+
+// session names the numbering of an instance's results in one epoch: consumers
+// find it in the checkpoint's cursor.
+func session(name string, epoch uint64) string { return fmt.Sprintf("%s#%d", name, epoch) }
+
+var errRunner = errors.New("it broke the contract")
+
+// message takes a runner's message.
+func (w *workloads) message(r *runner, kind int, body []byte) error {
+	w.mu.Lock()
+	name := r.instance
+	w.mu.Unlock()
+	if name == "" {
+		return fmt.Errorf("%w: a message before it has an instance", errRunner)
+	}
+	switch kind {
+	case tee.KindJob:
+		return taken(body, func(j tee.Job) error { return w.runnerJob(r, name, j) })
+	case tee.KindOutput:
+		return taken(body, func(o tee.Output) error { return w.output(name, o) })
+	case tee.KindLog:
+		return taken(body, func(l tee.Log) error { return w.logged(name, l) })
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	st := w.run[name]
+	if st == nil || st.runner != r {
+		return nil // taken away from it
+	}
+	switch kind {
+	case tee.KindReport:
+		return taken(body, func(p tee.Report) error {
+			if p.Refused && !st.report.Refused {
+				w.k.log.Error("a workload cannot run here", "instance", name, "reason", p.Reason)
+			}
+			if len(p.Newest) > 0 {
+				st.newest = p.Newest
+			}
+			st.report = p
+			return nil
+		})
+	case tee.KindInferred:
+		return taken(body, func(i tee.Inferred) error {
+			if f := st.infer[i.ID]; f != nil {
+				delete(st.infer, i.ID)
+				f(i)
+			}
+			return nil
+		})
+	case tee.KindFinal:
+		return taken(body, func(f tee.Final) error { st.final = &f; w.wantAdvance(); return nil })
+	case tee.KindReceived:
+		return taken(body, func(f tee.Received) error { st.received = f.Head; w.wantAdvance(); return nil })
+	}
+	return fmt.Errorf("%w: a message of kind %d", errRunner, kind)
+}
+
+func taken[M any](body []byte, f func(M) error) error {
+	m, err := tee.Body[M](body)
+	if err != nil {
+		return err
+	}
+	return f(m)
+}
+
+// output seals results. What a runner was told is durable, or hands over again
+// after a restart, is left out.
+func (w *workloads) output(name string, o tee.Output) error {
+	readings, err := sealing.ParsePack(o.Readings)
+	if err != nil {
+		return fmt.Errorf("%w: results: %w", errRunner, err)
+	}
+	w.mu.Lock()
+	spec := w.specs[name]
+	w.mu.Unlock()
+	if spec.Phase != phaseLive || o.First == 0 {
+		return fmt.Errorf("%w: results of an instance that is not live", errRunner)
+	}
+	if !w.k.sealer.emit(name, session(name, spec.Epoch), o.First, readings) {
+		return errors.New("the keep stops")
+	}
+	return nil
+}
+
+// logged seals what the guest wrote to stderr: it may say what it read, so it is
+// for whoever may read the results, and not for this keep's log.
+func (w *workloads) logged(name string, l tee.Log) error {
+	var out []sealing.Reading
+	now := time.Now().UnixNano()
+	for _, line := range l.Lines {
+		out = append(out, sealing.Reading{Name: name + "/log", Time: now, Value: cut(line, 4096)})
+	}
+	if !w.k.sealer.emit(name+logSuffix, "", 0, out) {
+		return errors.New("the keep stops")
+	}
+	return nil
+}
+
+// runnerJob passes a runner's job on, if it is about its own instance.
+func (w *workloads) runnerJob(r *runner, name string, j tee.Job) error {
+	w.mu.Lock()
+	spec := w.specs[name]
+	w.mu.Unlock()
+	var err error
+	switch j.Kind {
+	case tee.JobAppend:
+		err = taken(j.Body, func(b tee.AppendLog) error { return own(b.Instance, name) })
+	case tee.JobRead:
+		err = taken(j.Body, func(b tee.ReadLog) error { return own(b.Instance, name) })
+	case tee.JobPut:
+		err = taken(j.Body, func(b tee.PutPart) error { return own(b.Instance, name) })
+	case tee.JobBlob:
+		err = taken(j.Body, func(b tee.ReadBlob) error {
+			if m, err := workload.PeekManifest(spec.Manifest); err != nil || string(m.Content) != string(b.ID) {
+				return fmt.Errorf("%w: a blob that is not its own", errRunner)
+			}
+			return nil
+		})
+	case tee.JobRecords:
+		return taken(j.Body, func(b message.AskedRecords) error {
+			if !spec.reads(b.Gateway, b.Stream) {
+				return fmt.Errorf("%w: a stream that is not its own", errRunner)
+			}
+			return w.ask(r, name, j.ID, message.AskRecords, j.Body)
+		})
+	case tee.JobKey:
+		return taken(j.Body, func(b tee.WantKey) error { return w.wantKey(r, name, spec, j.ID, b) })
+	case tee.JobFrame:
+		return taken(j.Body, func(b tee.Frame) error { return w.relay(name, workload.KindFrame, b.N, b.Data) })
+	case tee.JobAck:
+		return taken(j.Body, func(b tee.FrameAck) error { return w.relay(name, workload.KindFrameAck, b.N, nil) })
+	default:
+		err = fmt.Errorf("%w: a job of kind %q", errRunner, j.Kind)
+	}
+	if err != nil {
+		return err
+	}
+	return w.enqueue(&job{InstanceJob: tee.InstanceJob{Instance: name, Job: tee.Job{Kind: j.Kind, Body: j.Body}}, runner: r, theirs: j.ID})
+}
+
+func own(of, name string) error {
+	if of != name {
+		return fmt.Errorf("%w: a job about another instance", errRunner)
+	}
+	return nil
+}
+
+// ask puts a runner's question to the cloud.
+func (w *workloads) ask(r *runner, name string, id uint64, kind string, body cose.Raw) error {
+	q := cose.MustMarshal(tee.Question{Kind: kind, Body: body})
+	return w.enqueue(&job{InstanceJob: tee.InstanceJob{Instance: name, Job: tee.Job{Kind: tee.JobAsk, Body: q}}, runner: r, theirs: id})
+}
+
+// do has the agent do a job of the keep's own; those about one instance are done
+// in order. done, which may be nil, is called without a lock held.
+func (w *workloads) do(instance, kind string, body any, done func(tee.JobDone)) {
+	j := &job{InstanceJob: tee.InstanceJob{Instance: instance, Job: tee.Job{Kind: kind, Body: cose.MustMarshal(body)}}, done: done}
+	if err := w.enqueue(j); err != nil {
+		w.k.log.Warn("not done now", "job", kind, "reason", err)
+	}
+}
+
+// wantAdvance asks the agent to let the keep take a step. The caller holds w.mu.
+func (w *workloads) wantAdvance() {
+	if !w.advance {
+		w.advance = true
+		w.push(&job{InstanceJob: tee.InstanceJob{Job: tee.Job{Kind: tee.JobAdvance, Body: cose.Raw{0xf6}}}})
+	}
+}
+
+func (w *workloads) enqueue(j *job) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	n, size := 0, 0
+	for _, o := range w.jobs {
+		if o.Instance == j.Instance {
+			n, size = n+1, size+len(o.Body)
+		}
+	}
+	for _, o := range w.queue {
+		if o.Instance == j.Instance && w.jobs[o.ID] == nil {
+			n, size = n+1, size+len(o.Body)
+		}
+	}
+	if n >= maxJobs || size+len(j.Body) > maxJobBytes {
+		return fmt.Errorf("%w: too many jobs under way", errRunner)
+	}
+	w.push(j)
+	return nil
+}
+
+func (w *workloads) push(j *job) {
+	w.nextJob++
+	j.ID = w.nextJob
+	w.queue = append(w.queue, j)
+	if j.runner != nil || j.done != nil {
+		w.jobs[j.ID] = j
+	}
+	close(w.arrived)
+	w.arrived = make(chan struct{})
+}
+
+// work implements tee.Work.
+func (w *workloads) work(ctx context.Context, r tee.Work) (tee.WorkReply, error) {
+	if r.Wait < 0 || r.Wait > 60_000 {
+		return tee.WorkReply{}, errors.New("wait must be between 0 and 60000 ms")
+	}
+	for _, d := range r.Done {
+		w.done(d)
+	}
+	if len(r.Done) > 0 && r.Wait == 0 {
+		return tee.WorkReply{}, nil // only to tell what is done
+	}
+	timeout := time.NewTimer(time.Duration(r.Wait) * time.Millisecond)
+	defer timeout.Stop()
+	for {
+		w.mu.Lock()
+		jobs, arrived := w.takeJobs(), w.arrived
+		w.mu.Unlock()
+		if len(jobs) > 0 {
+			return tee.WorkReply{Jobs: jobs}, nil
+		}
+		select {
+		case <-arrived:
+		case <-timeout.C:
+			return tee.WorkReply{}, nil
+		case <-ctx.Done():
+			return tee.WorkReply{}, ctx.Err()
+		}
+	}
+}
+
+func (w *workloads) takeJobs() []tee.InstanceJob {
+	var out []tee.InstanceJob
+	size := 0
+	for len(w.queue) > 0 {
+		j := w.queue[0]
+		if size += len(j.Body) + 64; size > maxJobsReply && len(out) > 0 {
+			break
+		}
+		if j.Kind == tee.JobAdvance {
+			w.advance = false
+		}
+		out, w.queue = append(out, j.InstanceJob), w.queue[1:]
+	}
+	return out
+}
+
+// done hands a job's answer to whoever waits for it.
+func (w *workloads) done(d tee.JobDone) {
+	w.mu.Lock()
+	j := w.jobs[d.ID]
+	delete(w.jobs, d.ID)
+	if j != nil && j.runner != nil {
+		w.send(j.runner, tee.KindJobDone, tee.JobDone{ID: j.theirs, Error: d.Error, Body: body(d)}, len(d.Body)+len(d.Error)+64)
+	}
+	w.mu.Unlock()
+	if j != nil && j.done != nil {
+		j.done(d)
+	}
+}
+
+// body is what a job's answer holds; one that failed holds nothing.
+func body(d tee.JobDone) cose.Raw {
+	if len(d.Body) == 0 {
+		return cose.Raw{0xf6}
+	}
+	return d.Body
+}
+
+// reset forgets what was under way: the agent was restarted, and nobody knows
+// what it did. Runners begin again from what is durable.
+func (w *workloads) reset() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.queue, w.advance = nil, false
+	jobs := w.jobs
+	w.jobs = map[uint64]*job{}
+	for _, st := range w.run {
+		if st.runner != nil {
+			st.starts = 0
+			st.runner.d.Close()
+		}
+	}
+	for _, j := range jobs {
+		if j.done != nil {
+			go j.done(tee.JobDone{ID: j.ID, Error: "the agent was restarted"}) // takes locks of its own
+		}
+	}
+	w.wantAdvance()
+}

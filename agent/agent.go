@@ -6,6 +6,17 @@
 // It is in charge of losing nothing: what the keep hands over is durable before
 // it is confirmed, and leaves the spool only when a watermark that the keep has
 // verified covers it.
+//
+// For confidential workloads it does the keep's jobs: it keeps the instances' logs,
+// which are durable when it says so; puts questions to the cloud and fetches blobs,
+// which whoever wants them checks; and passes on messages between two keeps, which
+// may get lost. In the state directory:
+//
+//	state.cbor, client.pem, verdict.cbor   the keep's; status.json, for people
+//	spool/STREAM/, spool/STREAM.tails      what the cloud does not have yet
+//	instances/NAME/                        an instance's log
+//	blobs/HEX, HEX.part, HEX.list          a cache, and downloads under way
+//	put/NAME.part                          uploads under way
 package agent
 
 import (
@@ -18,6 +29,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -34,6 +46,9 @@ type Config struct {
 	KeepSocket string
 	State      string // directory: state, spool, certificate
 	SpoolBytes int64  // bound of each stream's spool
+
+	InstanceBytes int64 // bound of each workload instance's log
+	BlobBytes     int64 // bound of all blobs together
 }
 
 // Validate says what is missing.
@@ -49,6 +64,10 @@ func (c Config) Validate() error {
 		return errors.New("state.dir is missing: a directory for state and spool, like /var/lib/edgekeep/agent")
 	case c.SpoolBytes < 1<<20:
 		return errors.New("spool.bytes must be at least 1 MiB")
+	case c.InstanceBytes < 8<<20:
+		return errors.New("instances.bytes must be at least 8 MiB")
+	case c.BlobBytes < 1<<20:
+		return errors.New("blobs.bytes must be at least 1 MiB")
 	}
 	return nil
 }
@@ -60,14 +79,34 @@ type Agent struct {
 	pool *x509.CertPool
 	keep *tee.Socket // short requests; Take has a socket of its own
 
-	step sync.Mutex    // one exchange with its Commits at a time
-	kick chan struct{} // ask the cloud at once
+	step   chan struct{} // has an item during an exchange with its Commits: one at a time
+	starts atomic.Uint64 // goes up when a Start begins and when it has ended; changed with step held
+	again  chan struct{} // start the keep again: a step may wait for a Commit that nobody sends
+	kick   chan struct{} // ask the cloud at once
 
-	mu     sync.Mutex // protects what follows
-	spools map[string]*spool
-	link   *link // the connection to the cloud, if there is one
-	ready  bool  // the keep has been started
-	status Status
+	questions *questions
+	instances *instances
+	blobs     *blobs
+	uploads   *uploads
+
+	mu      sync.Mutex // protects what follows
+	spools  map[string]*spool
+	link    *link         // the connection to the cloud, if there is one
+	arrives chan struct{} // closed when there is one again; nil if nobody waits
+	ready   bool          // the keep has been started
+	status  Status
+}
+
+func assemble(cfg Config, log *slog.Logger) *Agent {
+	a := &Agent{
+		cfg: cfg, log: log, pool: x509.NewCertPool(), keep: &tee.Socket{Path: cfg.KeepSocket},
+		step: make(chan struct{}, 1), again: make(chan struct{}, 1), kick: make(chan struct{}, 1),
+		questions: newQuestions(), spools: map[string]*spool{},
+	}
+	a.instances = &instances{dir: a.path("instances"), maxBytes: cfg.InstanceBytes, log: log, logs: map[string]*instance{}}
+	a.blobs = &blobs{dir: a.path("blobs"), maxBytes: cfg.BlobBytes, ask: a.ask, active: map[string]*download{}}
+	a.uploads = &uploads{dir: a.path("put"), ask: a.ask}
+	return a
 }
 
 // New prepares an agent: it reads the spool, which may take a while.
@@ -79,10 +118,7 @@ func New(cfg Config, log *slog.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading the broker's CA: %w", err)
 	}
-	a := &Agent{
-		cfg: cfg, log: log, pool: x509.NewCertPool(), keep: &tee.Socket{Path: cfg.KeepSocket},
-		kick: make(chan struct{}, 1), spools: map[string]*spool{},
-	}
+	a := assemble(cfg, log)
 	if !a.pool.AppendCertsFromPEM(raw) {
 		return nil, fmt.Errorf("%s holds no PEM certificate", cfg.CA)
 	}
@@ -90,6 +126,9 @@ func New(cfg Config, log *slog.Logger) (*Agent, error) {
 		return nil, fmt.Errorf("making the state directory: %w", err)
 	}
 	if err := a.openSpools(); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(a.instances.open(), a.blobs.open(), a.uploads.reset()); err != nil {
 		return nil, err
 	}
 	return a, nil
@@ -156,17 +195,29 @@ func (a *Agent) close() {
 			a.log.Error("closing a spool", "stream", s.stream, "err", err)
 		}
 	}
+	a.instances.closeAll()
 }
 
-// runKeep starts the keep, again whenever it was restarted, and moves chunks
-// from it to the spool.
+// runKeep starts the keep, again whenever it was restarted or a connection to it
+// failed, moves chunks from it to the spool, and does its jobs.
 func (a *Agent) runKeep(ctx context.Context) error {
 	wait := backoff{min: 100 * time.Millisecond, max: 5 * time.Second}
 	for ctx.Err() == nil {
 		err := a.startKeep(ctx)
 		if err == nil {
 			wait.reset()
-			err = a.takeChunks(ctx)
+			g, gctx := errgroup.WithContext(ctx)
+			g.Go(func() error { return a.takeChunks(gctx) })
+			g.Go(func() error { return a.runWork(gctx) })
+			g.Go(func() error {
+				select {
+				case <-a.again:
+					return errors.New("it has to be started again: a step was cut short")
+				case <-gctx.Done():
+					return gctx.Err()
+				}
+			})
+			err = g.Wait()
 		}
 		a.setReady(false)
 		if ctx.Err() != nil {
@@ -216,18 +267,7 @@ func (a *Agent) startKeep(ctx context.Context) error {
 		}
 	}
 	a.mu.Unlock()
-	a.step.Lock()
-	defer a.step.Unlock()
-	out, err := start.Do(ctx, a.keep)
-	if err != nil {
-		return err
-	}
-	if out.Fresh {
-		if err := a.setAside(ctx); err != nil {
-			return err
-		}
-	}
-	if _, err := a.settle(ctx, out); err != nil {
+	if err := a.start(ctx, start); err != nil {
 		return err
 	}
 	a.note(func(s *Status) { s.Reason = "" })
@@ -237,7 +277,8 @@ func (a *Agent) startKeep(ctx context.Context) error {
 
 // setAside moves the spool of an earlier identity away: nobody can vouch for the
 // keys that signed it any more, so the cloud would refuse it for ever, and what
-// comes after it would wait. It is not deleted: that is for a person to do.
+// comes after it would wait. So too the logs of its instances, which nobody can
+// open. They are not deleted: that is for a person to do.
 func (a *Agent) setAside(ctx context.Context) error {
 	a.mu.Lock()
 	if a.link != nil {
@@ -251,6 +292,10 @@ func (a *Agent) setAside(ctx context.Context) error {
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	suffix := fmt.Sprintf(".%d", time.Now().Unix())
+	if err := a.instances.setAside(suffix); err != nil {
+		return fmt.Errorf("%w: %w", errSpool, err)
+	}
 	if len(a.spools) == 0 {
 		return nil
 	}
@@ -262,7 +307,7 @@ func (a *Agent) setAside(ctx context.Context) error {
 			return fmt.Errorf("%w: closing the spool: %w", errSpool, err)
 		}
 	}
-	old := a.path(fmt.Sprintf("spool.%d", time.Now().Unix()))
+	old := a.path("spool" + suffix)
 	if err := os.Rename(a.path("spool"), old); err != nil {
 		return fmt.Errorf("%w: setting the spool aside: %w", errSpool, err)
 	}
@@ -278,34 +323,6 @@ func (a *Agent) linked() bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.link != nil
-}
-
-// settle makes the states durable that an outcome asks for, and takes what came
-// with it. The caller holds a.step.
-func (a *Agent) settle(ctx context.Context, out tee.Outcome) (tee.Outcome, error) {
-	for len(out.Commit) > 0 {
-		if err := durable.WriteFile(a.path("state.cbor"), out.Commit, 0o600); err != nil {
-			return out, fmt.Errorf("%w: storing the keep's state: %w", errSpool, err)
-		}
-		var err error
-		if out, err = (tee.Commit{State: sha256Sum(out.Commit)}).Do(ctx, a.keep); err != nil {
-			return out, err
-		}
-	}
-	if len(out.Certificate) > 0 {
-		if err := durable.WriteFile(a.path("client.pem"), encodePEM(out.Certificate), 0o600); err != nil {
-			return out, fmt.Errorf("%w: storing the client certificate: %w", errSpool, err)
-		}
-	}
-	if len(out.Verdict) > 0 {
-		if err := durable.WriteFile(a.path("verdict.cbor"), out.Verdict, 0o600); err != nil {
-			return out, fmt.Errorf("%w: storing the verdict: %w", errSpool, err)
-		}
-	}
-	if out.Pull {
-		a.pullSoon()
-	}
-	return out, nil
 }
 
 func encodePEM(chain [][]byte) []byte {

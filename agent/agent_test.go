@@ -258,16 +258,18 @@ func TestClientCertificate(t *testing.T) {
 }
 
 func TestValidate(t *testing.T) {
-	good := Config{Broker: "b", BootBroker: "b", CA: "c", KeepSocket: "k", State: "s", SpoolBytes: 1 << 20}
+	good := Config{Broker: "b", BootBroker: "b", CA: "c", KeepSocket: "k", State: "s", SpoolBytes: 1 << 20, InstanceBytes: 8 << 20, BlobBytes: 1 << 20}
 	if err := good.Validate(); err != nil {
 		t.Error(err)
 	}
 	for want, edit := range map[string]func(*Config){
-		"broker.url":  func(c *Config) { c.Broker = "" },
-		"broker.ca":   func(c *Config) { c.CA = "" },
-		"keep.socket": func(c *Config) { c.KeepSocket = "" },
-		"state.dir":   func(c *Config) { c.State = "" },
-		"spool.bytes": func(c *Config) { c.SpoolBytes-- },
+		"broker.url":      func(c *Config) { c.Broker = "" },
+		"broker.ca":       func(c *Config) { c.CA = "" },
+		"keep.socket":     func(c *Config) { c.KeepSocket = "" },
+		"state.dir":       func(c *Config) { c.State = "" },
+		"spool.bytes":     func(c *Config) { c.SpoolBytes-- },
+		"instances.bytes": func(c *Config) { c.InstanceBytes-- },
+		"blobs.bytes":     func(c *Config) { c.BlobBytes-- },
 	} {
 		c := good
 		edit(&c)

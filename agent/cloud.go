@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -140,12 +141,16 @@ type link struct {
 	a      *Agent
 	cancel context.CancelFunc
 	ctx    context.Context //nolint:containedctx // of the connection: what it started ends with it
-	conn   *mqtt.Conn
+	conn   conn
 	group  *errgroup.Group
 	topic  mqtt.Topic
 	acks   map[*spool]chan struct{}
 	items  chan []byte
 	marks  chan []byte
+	peer   chan []byte
+
+	ahead   sync.Mutex // protects unacked, and the order of messages to other gateways
+	unacked int        // messages to other gateways since the broker acknowledged one
 }
 
 // session is one connection: upload, pull, deliver.
@@ -155,9 +160,11 @@ func (a *Agent) session(ctx context.Context, st tee.StatusReply, cert tls.Certif
 	cfg := a.tlsConfig()
 	cfg.Certificates = []tls.Certificate{cert}
 	base := mqtt.Topic{Tenant: st.Tenant, Gateway: st.Gateway}
-	l := &link{a: a, cancel: cancel, topic: base, acks: map[*spool]chan struct{}{}, items: make(chan []byte, 16), marks: make(chan []byte, 256)}
-	var err error
-	l.conn, err = mqtt.Dial(ctx, mqtt.Options{
+	l := &link{
+		a: a, cancel: cancel, topic: base, acks: map[*spool]chan struct{}{},
+		items: make(chan []byte, 16), marks: make(chan []byte, 256), peer: make(chan []byte, peerRoom),
+	}
+	conn, err := mqtt.Dial(ctx, mqtt.Options{
 		URL: a.cfg.Broker, TLS: cfg, ClientID: mqtt.ClientID(st.Tenant, st.Gateway), Username: mqtt.CommonName(st.Tenant, st.Gateway),
 		Subscribe: []string{mqtt.Topic{Tenant: st.Tenant, Gateway: st.Gateway, Kind: "+"}.String()},
 		Receive:   l.receive,
@@ -165,13 +172,14 @@ func (a *Agent) session(ctx context.Context, st tee.StatusReply, cert tls.Certif
 	if err != nil {
 		return err
 	}
-	defer l.conn.Close()
+	defer conn.Close()
+	l.conn = conn
 	a.log.Info("connected", "broker", a.cfg.Broker, "gateway", mqtt.CommonName(st.Tenant, st.Gateway))
 	a.note(func(s *Status) { s.Connected, s.Reason = true, "" })
 	l.group, l.ctx = errgroup.WithContext(ctx)
 	l.group.Go(func() error {
 		select {
-		case <-l.conn.Lost():
+		case <-conn.Lost():
 			return errors.New("the connection was lost")
 		case <-l.ctx.Done():
 			return l.ctx.Err()
@@ -179,15 +187,16 @@ func (a *Agent) session(ctx context.Context, st tee.StatusReply, cert tls.Certif
 	})
 	l.group.Go(l.pulls)
 	l.group.Go(l.watermarks)
+	l.group.Go(l.peers)
 	a.mu.Lock()
-	a.link = l
+	a.setLink(l)
 	for _, s := range a.spools {
 		l.upload(s)
 	}
 	a.mu.Unlock()
 	err = l.group.Wait()
 	a.mu.Lock()
-	a.link = nil
+	a.setLink(nil)
 	a.mu.Unlock()
 	return err
 }
@@ -204,6 +213,10 @@ func (l *link) receive(m mqtt.Message) {
 		offer(l.items, m.Payload)
 	case "ack":
 		offer(l.marks, m.Payload)
+	case "answer":
+		l.a.questions.answered(m.Payload)
+	case kindPeer:
+		l.offerPeer(m.Payload)
 	case "notify":
 		l.a.pullSoon()
 	}
@@ -219,6 +232,9 @@ func offer(c chan []byte, b []byte) {
 func (l *link) publish(m tee.Message) error {
 	t := l.topic
 	t.Up, t.Kind = true, m.Kind
+	if m.Kind == kindPeer {
+		return l.publishPeer(t.String(), m.Data)
+	}
 	return l.conn.Publish(t.String(), m.Data)
 }
 
@@ -291,13 +307,7 @@ func (l *link) pullOnce() error {
 }
 
 func (a *Agent) deliver(ctx context.Context, item []byte) (tee.Outcome, error) {
-	a.step.Lock()
-	defer a.step.Unlock()
-	out, err := tee.Deliver{Item: item}.Do(ctx, a.keep)
-	if err != nil {
-		return out, err
-	}
-	return a.settle(ctx, out)
+	return a.exchange(ctx, func(ctx context.Context) (tee.Outcome, error) { return tee.Deliver{Item: item}.Do(ctx, a.keep) })
 }
 
 // watermarks has the keep verify each watermark and trims what it covers.

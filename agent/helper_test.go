@@ -4,12 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 
+	"edgekeep/internal/cose"
+	"edgekeep/mqtt"
 	"edgekeep/tee"
+	"edgekeep/tee/message"
 )
 
 var discard = slog.New(slog.DiscardHandler)
@@ -60,12 +64,77 @@ func newAgent(t testing.TB, spoolBytes int64) *Agent {
 		t.Fatal(err)
 	}
 	socket := filepath.Join(dir, "keep.sock")
-	a := &Agent{
-		cfg: Config{State: dir, SpoolBytes: spoolBytes, KeepSocket: socket}, log: discard, keep: &tee.Socket{Path: socket},
-		kick: make(chan struct{}, 1), spools: map[string]*spool{},
+	a := assemble(Config{State: dir, SpoolBytes: spoolBytes, KeepSocket: socket, InstanceBytes: 8 << 20, BlobBytes: 64 << 20}, discard)
+	if err := errors.Join(a.instances.open(), a.blobs.open(), a.uploads.reset()); err != nil {
+		t.Fatal(err)
 	}
 	t.Cleanup(a.close)
 	return a
+}
+
+// fakeConn is a connection to a cloud that is told of each message's kind.
+type fakeConn func(kind string, payload []byte)
+
+func (f fakeConn) Publish(topic string, payload []byte) error {
+	t, err := mqtt.ParseTopic(topic)
+	if err != nil || !t.Up {
+		panic("published on " + topic)
+	}
+	f(t.Kind, payload)
+	return nil
+}
+
+func (f fakeConn) Flush(_ context.Context, topic string, payload []byte) error {
+	return f.Publish(topic, payload)
+}
+
+// connect gives the agent a connection. It is lost when the link's cancel is called.
+func (a *Agent) connect(t testing.TB, c conn) *link {
+	l := &link{a: a, conn: c, topic: mqtt.Topic{Tenant: "acme", Gateway: "gw1"}, peer: make(chan []byte, peerRoom)}
+	l.ctx, l.cancel = context.WithCancel(t.Context())
+	t.Cleanup(l.cancel)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.setLink(l)
+	return l
+}
+
+// down is a message that comes to the agent.
+func (l *link) down(kind string, payload []byte) {
+	t := l.topic
+	t.Kind = kind
+	l.receive(mqtt.Message{Topic: t.String(), Payload: payload})
+}
+
+// answer answers a question.
+func (l *link) answer(raw []byte, body any, reason string) {
+	var q message.Ask
+	if err := cose.Unmarshal(raw, &q); err != nil {
+		panic(err)
+	}
+	l.down("answer", cose.MustMarshal(message.Answer{ID: q.ID, Error: reason, Body: cose.MustMarshal(body)}))
+}
+
+// cloud connects the agent to a cloud that answers questions; what it answers nil
+// to stays without an answer.
+func (a *Agent) cloud(t testing.TB, f func(q message.Ask) any) *link {
+	var l *link
+	ready := make(chan struct{})
+	l = a.connect(t, fakeConn(func(kind string, payload []byte) {
+		if kind != "ask" {
+			return
+		}
+		var q message.Ask
+		if err := cose.Unmarshal(payload, &q); err != nil {
+			t.Errorf("a question: %v", err)
+		}
+		<-ready
+		if body := f(q); body != nil {
+			l.answer(payload, body, "")
+		}
+	}))
+	close(ready)
+	return l
 }
 
 // reopen is the agent after a crash: what it knows is what is on the disk.
@@ -109,4 +178,12 @@ func appendTo(t testing.TB, s *spool, cs ...tee.Chunk) {
 	if err := s.append(context.Background(), cs); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func mustDir(t testing.TB, dir string) (names []string) {
+	t.Helper()
+	for _, e := range must(os.ReadDir(dir))(t) {
+		names = append(names, e.Name())
+	}
+	return names
 }

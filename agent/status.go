@@ -29,6 +29,29 @@ type Status struct {
 	RefusedWatermarks int              `json:"refused_watermarks"`
 	Watermarks        map[string]Mark  `json:"watermarks"`
 	Sources           []map[string]any `json:"sources"`
+
+	// Of workloads.
+	InstanceLogs  []InstanceLog `json:"instance_logs"`
+	Downloads     []Download    `json:"downloads"`
+	BlocksFetched int           `json:"blocks_fetched"`        // of blobs, since the agent started
+	RefusedBlocks int           `json:"refused_blocks"`        // that were not the blob's
+	Questions     int           `json:"questions"`             // that wait for the cloud's answer
+	DroppedPeers  int           `json:"dropped_peer_messages"` // from other gateways: malformed, or no room
+	RefusedPeers  int           `json:"refused_peer_messages"` // by the keep
+}
+
+// InstanceLog is how much a workload instance keeps on this gateway.
+type InstanceLog struct {
+	Instance string `json:"instance"`
+	Bytes    int64  `json:"bytes"`
+	Entries  uint64 `json:"entries"`
+}
+
+// Download is a blob that is being fetched.
+type Download struct {
+	Blob   string `json:"blob"` // its id in hexadecimal
+	Have   int    `json:"have"`
+	Blocks int    `json:"blocks"` // 0 until it is known
 }
 
 // Mark is a place in a stream.
@@ -79,6 +102,8 @@ func (a *Agent) snapshot(ctx context.Context) Status {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	s := a.status
+	s.InstanceLogs, s.Questions = a.instances.status(), a.questions.count()
+	s.Downloads, s.BlocksFetched, s.RefusedBlocks = a.blobs.status()
 	s.Watermarks = maps.Clone(s.Watermarks)
 	s.Time, s.Phase, s.Epoch, s.TurnedAway = time.Now().UTC(), keep.Phase, keep.Epoch, keep.TurnedAway
 	if keep.Tenant != "" {

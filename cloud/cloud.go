@@ -10,10 +10,13 @@
 //	FORK  fork.{tenant}.{gateway}.{stream}  authentic chunks that fit nowhere
 //	EVID  ev.{tenant}.{gateway}             the newest 64 pieces of evidence
 //	FIND  find.{tenant}.{gateway}           the newest 1000 findings
+//	BLOB  blob.{tenant}.{id}.{block}        blocks of bundles and checkpoints;
+//	                                        "list" is their hashes
 //
 // Buckets: eks (by EK hash), gateways, latest (verdicts), hellos, commands (by
 // "tenant.gateway"), verdicts (by SHA-256 of the challenge), keys (by
-// "tenant.gateway.stream.epoch").
+// "tenant.gateway.stream.epoch"), ledger (by "tenant.instance"), blobs (by
+// "tenant.id").
 package cloud
 
 import (
@@ -37,8 +40,8 @@ type Bus struct {
 	NC *nats.Conn
 	JS jetstream.JetStream
 
-	Rec, Fork, Evidence, Findings                           jetstream.Stream
-	EKs, Gateways, Latest, Hellos, Commands, Verdicts, Keys jetstream.KeyValue
+	Rec, Fork, Evidence, Findings, Blob                                    jetstream.Stream
+	EKs, Gateways, Latest, Hellos, Commands, Verdicts, Keys, Ledger, Blobs jetstream.KeyValue
 }
 
 // Open makes sure that streams and buckets are there. replicas is 1 for one
@@ -59,6 +62,7 @@ func Open(ctx context.Context, nc *nats.Conn, replicas int) (*Bus, error) {
 		{&b.Fork, "FORK", "fork.>", 10_000},
 		{&b.Evidence, "EVID", "ev.>", 64},
 		{&b.Findings, "FIND", "find.>", 1000},
+		{&b.Blob, "BLOB", "blob.>", 1},
 	} {
 		if *s.to, err = js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
 			Name: s.name, Subjects: []string{s.subj}, Storage: jetstream.FileStorage, Replicas: replicas,
@@ -80,6 +84,8 @@ func Open(ctx context.Context, nc *nats.Conn, replicas int) (*Bus, error) {
 		{&b.Commands, "commands", 0},
 		{&b.Verdicts, "verdicts", time.Hour},
 		{&b.Keys, "keys", 0},
+		{&b.Ledger, "ledger", 0},
+		{&b.Blobs, "blobs", 0},
 	} {
 		if *k.to, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{
 			Bucket: k.name, Storage: jetstream.FileStorage, Replicas: replicas, TTL: k.ttl, History: 1,
@@ -167,6 +173,33 @@ func Get[V any](ctx context.Context, kv jetstream.KeyValue, key string) (v V, re
 		return v, 0, false, fmt.Errorf("reading %s/%s: %w", kv.Bucket(), key, err)
 	}
 	return v, e.Revision(), true, nil
+}
+
+// All reads the entries of a bucket whose keys match a filter, in no order, and
+// hands each to f. What cannot be read is left out.
+func All[V any](ctx context.Context, kv jetstream.KeyValue, filter string, f func(key string, v V, revision uint64)) error {
+	w, err := kv.WatchFiltered(ctx, []string{filter}, jetstream.IgnoreDeletes())
+	if err != nil {
+		return fmt.Errorf("reading %s/%s: %w", kv.Bucket(), filter, err)
+	}
+	defer func() { _ = w.Stop() }()
+	for {
+		select {
+		case e, open := <-w.Updates():
+			if !open {
+				return fmt.Errorf("reading %s/%s: it was cut off", kv.Bucket(), filter)
+			}
+			if e == nil { // that was all
+				return nil
+			}
+			var v V
+			if err := cose.Unmarshal(e.Value(), &v); err == nil {
+				f(e.Key(), v, e.Revision())
+			}
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
 }
 
 // ErrConflict means that somebody else changed an entry in between.

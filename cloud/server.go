@@ -248,7 +248,7 @@ func (s *Server) permit(ctx context.Context, req *jwt.AuthorizationRequestClaims
 			return nil, errors.New("the gateway's certificate is not valid any more")
 		}
 		u.Expires = leaf.NotAfter.Unix() // a connection does not outlive its certificate
-		allow(u, topics(tenant, name, "evidence", "sealed", "result", "pull", "hello"), []string{"ek1." + tenant + "." + name + ".down.*"})
+		allow(u, topics(tenant, name, "evidence", "sealed", "result", "pull", "hello", "ask", "peer"), []string{"ek1." + tenant + "." + name + ".down.*"})
 	case role == RoleMonitor && overMQTT:
 		allow(u, []string{"ek1.monitor.>"}, []string{"ek1.>", "ek1"}) // "ek1/#" means both
 	case role == RoleOperator && !overMQTT:

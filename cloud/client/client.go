@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -82,6 +83,9 @@ type Client struct {
 	*Kit
 	nc     *nats.Conn
 	denied chan struct{} // the server says that this certificate may not do that
+
+	mu       sync.Mutex // protects verdicts
+	verdicts map[string]vouchedFor
 }
 
 // Connect connects to the kit's server. The connection survives a restart of the
@@ -198,6 +202,15 @@ func (c *Client) verdict(ctx context.Context, what, name string) (fleet.Saved, a
 
 // Command signs and queues a command and waits for its result, until ctx ends.
 func (c *Client) Command(ctx context.Context, gateway, name string, args map[string]string, expires time.Time) (message.Result, error) {
+	cmd := message.Command{Name: name, Args: args}
+	if !expires.IsZero() {
+		cmd.Expires = expires.Unix()
+	}
+	return c.command(ctx, gateway, cmd)
+}
+
+// command fills in whom a command is for and its sequence.
+func (c *Client) command(ctx context.Context, gateway string, cmd message.Command) (message.Result, error) {
 	key, err := c.Signer("operator.key")
 	if err != nil {
 		return message.Result{}, err
@@ -206,10 +219,7 @@ func (c *Client) Command(ctx context.Context, gateway, name string, args map[str
 	if err != nil {
 		return message.Result{}, err
 	}
-	cmd := message.Command{Audience: c.Tenant + "/" + gateway, Sequence: next.Sequence, Name: name, Args: args}
-	if !expires.IsZero() {
-		cmd.Expires = expires.Unix()
-	}
+	cmd.Audience, cmd.Sequence = c.Tenant+"/"+gateway, next.Sequence
 	msg, err := cmd.Sign(key)
 	if err != nil {
 		return message.Result{}, err

@@ -7,6 +7,7 @@ import (
 	"edgekeep/cloud/fleet"
 	"edgekeep/cloud/keybroker"
 	"edgekeep/sealing"
+	"edgekeep/tee/message"
 )
 
 // Chunks returns stored chunks as they are, sealed and not checked, after a
@@ -21,8 +22,8 @@ func (c *Client) Chunks(ctx context.Context, gateway, stream string, after uint6
 
 // Release has the key broker seal a stream key to this kit's consumer. Nothing in
 // the answer is checked.
-func (c *Client) Release(ctx context.Context, gateway, stream string, epoch sealing.Epoch) (keybroker.Release, error) {
-	return ask[keybroker.Release](ctx, c, "data.key", keybroker.Request{
+func (c *Client) Release(ctx context.Context, gateway, stream string, epoch sealing.Epoch) (message.Release, error) {
+	return ask[message.Release](ctx, c, "data.key", keybroker.Request{
 		Gateway: gateway, Stream: stream, Epoch: epoch[:], Consumer: c.Consumer,
 	})
 }

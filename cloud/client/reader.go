@@ -12,10 +12,10 @@ import (
 	"time"
 
 	"edgekeep/cloud/fleet"
-	"edgekeep/cloud/keybroker"
 	"edgekeep/internal/cose"
 	"edgekeep/sealing"
 	"edgekeep/tee/attest"
+	"edgekeep/tee/message"
 )
 
 // Reader opens a tenant's data in the order in which it was stored. It trusts
@@ -49,6 +49,9 @@ type Opened struct {
 	Seq      uint64
 	Bytes    int // of the sealed record
 	Readings []sealing.Reading
+	// Cursor is that of the record's chunk, which all records of a chunk share: how
+	// far the numbered lines are in it. It may be nil.
+	Cursor *sealing.Cursor
 	// Gap says what is missing before this record, if something is.
 	Gap string
 }
@@ -115,7 +118,7 @@ func (r *Reader) open(ctx context.Context, s fleet.Stored) ([]Opened, error) {
 			return nil, err
 		}
 		out = append(out, Opened{
-			Gateway: s.Gateway, Stream: h.Stream, Epoch: h.Epoch, Seq: h.Seq, Bytes: len(rec), Readings: readings, Gap: gap,
+			Gateway: s.Gateway, Stream: h.Stream, Epoch: h.Epoch, Seq: h.Seq, Bytes: len(rec), Readings: readings, Cursor: cp.Cursor, Gap: gap,
 		})
 		gap = ""
 	}
@@ -170,7 +173,7 @@ func (r *Reader) streamKey(ctx context.Context, id keyID) (streamKey, error) {
 }
 
 // vouched returns the epoch key, if an affirming verdict vouches for it.
-func vouched(roots attest.Trusted, subject string, rel keybroker.Release) (*ecdsa.PublicKey, error) {
+func vouched(roots attest.Trusted, subject string, rel message.Release) (*ecdsa.PublicKey, error) {
 	v, err := attest.VerifyVerdict(roots.Verifier, rel.Verdict)
 	if err != nil {
 		return nil, err

@@ -89,6 +89,16 @@ func (f *Fleet) answers(ctx context.Context) error {
 		cloud.Answer(ctx, f.Bus, "api.*.command.next", "fleet", f.nextSequence),
 		cloud.Answer(ctx, f.Bus, "api.*.command.send", "fleet", f.sendCommand),
 		cloud.Answer(ctx, f.Bus, "api.*.data.fetch", "fleet", f.fetch),
+		cloud.Answer(ctx, f.Bus, "api.*.data.infer", "fleet", f.infer),
+		cloud.Answer(ctx, f.Bus, "api.*.data.attest", "fleet", f.vouch),
+		cloud.Answer(ctx, f.Bus, "api.*.data.ledger", "fleet", f.inspect),
+		cloud.Answer(ctx, f.Bus, "api.*.workload.ls", "fleet", f.instances),
+		cloud.Answer(ctx, f.Bus, "api.*.workload.stop", "fleet", f.stopLost),
+		cloud.Answer(ctx, f.Bus, "api.*.workload.recover", "fleet", f.recover),
+		cloud.Answer(ctx, f.Bus, "api.*.blob.put", "fleet", f.putByOperator),
+		cloud.Answer(ctx, f.Bus, "api.*.blob.get", "fleet", f.getBlob),
+		cloud.Answer(ctx, f.Bus, "api.*.blob.ls", "fleet", f.listBlobs),
+		cloud.Answer(ctx, f.Bus, "api.*.blob.rm", "fleet", f.dropBlob),
 	)
 }
 

@@ -25,6 +25,7 @@ type Pending struct {
 	Sequence uint64 `cbor:"1,keyasint"`
 	Message  []byte `cbor:"2,keyasint"`
 	Attest   bool   `cbor:"3,keyasint"`
+	Instance string `cbor:"4,keyasint,omitempty"` // that is to be deployed
 }
 
 // Outcome is a signed result and what it was about.
@@ -35,8 +36,9 @@ type Outcome struct {
 }
 
 const (
-	maxQueue   = 64
-	maxResults = 32
+	maxQueue      = 64
+	maxQueueBytes = 512 << 10 // of commands that wait: they are one entry of a bucket
+	maxResults    = 32
 )
 
 func (f *Fleet) queue(ctx context.Context, tenant, gateway string) (Queue, error) {
@@ -66,18 +68,38 @@ func (f *Fleet) enqueue(ctx context.Context, tenant string, msg []byte) (message
 	if _, err := f.gateway(ctx, tenant, top.Gateway); err != nil {
 		return c, err
 	}
+	pending := Pending{Sequence: c.Sequence, Message: msg, Attest: c.Name == message.AttestNow}
+	var d deployment
+	if c.Name == message.WorkloadDeploy {
+		if d, err = f.checkDeploy(ctx, t, top.Gateway, c, msg); err != nil {
+			return c, err
+		}
+		pending.Instance = d.body.Instance
+	}
 	err = f.changeQueue(ctx, tenant, top.Gateway, func(q *Queue) error {
 		if err := message.CheckCommand(c, c.Audience, q.Last, f.Now()); err != nil {
 			return err
 		}
-		if len(q.Pending) >= maxQueue {
-			return fmt.Errorf("%d commands wait for this gateway already", maxQueue)
+		size := len(msg)
+		for _, p := range q.Pending {
+			size += len(p.Message)
+		}
+		if len(q.Pending) >= maxQueue || size > maxQueueBytes {
+			return fmt.Errorf("%d commands wait for this gateway already", len(q.Pending))
+		}
+		if pending.Instance != "" { // the ledger first: who has the command has an entry
+			if err := f.enter(ctx, tenant, d); err != nil {
+				return err
+			}
 		}
 		q.Last = c.Sequence
-		q.Pending = append(q.Pending, Pending{Sequence: c.Sequence, Message: msg, Attest: c.Name == message.AttestNow})
+		q.Pending = append(q.Pending, pending)
 		return nil
 	})
 	if err != nil {
+		if pending.Instance != "" {
+			err = errors.Join(err, f.undo(ctx, tenant, pending.Instance, d.order.Command))
+		}
 		return c, err
 	}
 	f.Notify(tenant, top.Gateway)
@@ -130,7 +152,7 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 	if r.Subject != t.Tenant+"/"+t.Gateway {
 		return fmt.Errorf("result: it is of %s", r.Subject)
 	}
-	more := false
+	more, deployed := false, ""
 	err = f.changeQueue(ctx, t.Tenant, t.Gateway, func(q *Queue) error {
 		i := 0
 		for i < len(q.Pending) && !answers(r, q.Pending[i]) {
@@ -140,6 +162,7 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 			return errNotWaited
 		}
 		sequence := q.Pending[i].Sequence
+		deployed = q.Pending[i].Instance
 		// A command is answered in order; what came before it was never accepted.
 		q.Pending = append([]Pending(nil), q.Pending[i+1:]...)
 		q.Results = append(q.Results, Outcome{Sequence: sequence, Message: data, Result: r})
@@ -154,6 +177,11 @@ func (f *Fleet) result(ctx context.Context, t mqtt.Topic, data []byte) error {
 	}
 	if err != nil {
 		return err
+	}
+	if deployed != "" && !r.Done {
+		if err := f.undo(ctx, t.Tenant, deployed, r.Command); err != nil {
+			return err
+		}
 	}
 	if r.Done {
 		if _, err := cloud.Change(ctx, f.Bus.Gateways, cloud.Key(t.Tenant, t.Gateway), func(g *cloud.Gateway, found bool) error {

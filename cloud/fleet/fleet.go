@@ -1,7 +1,8 @@
 // Package fleet is the side of the cloud that talks to gateways: it enrols them
 // on the operator's word, delivers challenges, commands and verdicts over their
-// nonces, takes sealed data in and signs watermarks, and answers operators and
-// consumers. It reads no data and judges no evidence.
+// nonces, takes sealed data in and signs watermarks, answers gateways, operators
+// and consumers, and keeps the ledger of who may run which instance of a workload.
+// It reads no data and judges no evidence.
 package fleet
 
 import (
@@ -35,9 +36,16 @@ type Fleet struct {
 	Log      *slog.Logger
 	Now      func() time.Time
 	Metrics  *cloud.Counts
+	// BlobBytes bounds the blobs of each tenant; 0 means 16 GiB.
+	BlobBytes int64
 	// Disconnect ends a gateway's connection at once; nil where the broker is not
 	// ours.
 	Disconnect func(tenant, gateway string)
+
+	uploads   sync.Mutex // one upload begins at a time: see beginBlob
+	peers     enrolled
+	places    places
+	inferring limiter
 
 	mu    sync.Mutex           // protects what follows
 	asked map[string]time.Time // when an enrolled gateway was asked to attest last
@@ -54,11 +62,14 @@ func (f *Fleet) Count(tenant, what, why string) {
 
 // Run serves until ctx ends.
 func (f *Fleet) Run(ctx context.Context) error {
+	f.inferring.all, f.inferring.each = inferTenant, inferGateway
 	if err := f.answers(ctx); err != nil {
 		return err
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return f.runIngest(ctx) })
+	g.Go(func() error { return f.runAsks(ctx) })
+	g.Go(func() error { return f.runPeers(ctx) })
 	g.Go(func() error {
 		return f.each(ctx, map[string]handler{
 			"ek1.*.*.up.pull": f.pull, "ek1.*.*.up.result": f.result,
@@ -196,6 +207,10 @@ func (f *Fleet) pull(ctx context.Context, t mqtt.Topic, data []byte) error {
 	}
 	if len(q.Pending) > 0 {
 		item.Command = q.Pending[0].Message
+		if item.Entry, err = f.entryFor(ctx, t.Tenant, q.Pending[0]); err != nil { // the next pull may have it
+			item.Command = nil
+			f.Log.Error("a deployment without a ledger entry", "gateway", item.Subject, "err", err)
+		}
 	}
 	half := v.IssuedAt + (v.Expires-v.IssuedAt)/2
 	if !fresh || q.Attest || item.Time >= half || len(q.Pending) > 0 && q.Pending[0].Attest {
@@ -215,6 +230,19 @@ func (f *Fleet) pull(ctx context.Context, t mqtt.Topic, data []byte) error {
 		}
 	}
 	return f.send(t.Tenant, t.Gateway, item)
+}
+
+// entryFor is the ledger's entry that a command to deploy goes with: the keep
+// starts an instance at an epoch that the ledger says, or not at all.
+func (f *Fleet) entryFor(ctx context.Context, tenant string, p Pending) ([]byte, error) {
+	if p.Instance == "" {
+		return nil, nil
+	}
+	r, _, err := f.record(ctx, tenant, p.Instance)
+	if err != nil {
+		return nil, err
+	}
+	return r.Entry.Sign(f.Key, p.Message)
 }
 
 func (f *Fleet) challenge(ctx context.Context, tenant, gateway string) ([]byte, error) {

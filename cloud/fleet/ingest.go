@@ -317,22 +317,44 @@ func (in *ingest) keepAside(ctx context.Context, t mqtt.Topic, name string, cp s
 	return nil
 }
 
+// located is a stored chunk and where it is in REC.
+type located struct {
+	pos  sealing.Position
+	seq  uint64
+	data []byte
+}
+
 // neighbours looks up where a chunk that is not newer than the newest stored one
 // would be in the store: after below, which may be nil, and at above or before
-// it. Messages of a stream are ordered by epoch and sequence, so a binary search
-// finds the place.
-func (in *ingest) neighbours(ctx context.Context, subject string, pos sealing.Position) (below *sealing.Position, above sealing.Position, err error) {
-	info, err := in.Bus.Rec.Info(ctx)
+// it.
+func (f *Fleet) neighbours(ctx context.Context, subject string, pos sealing.Position) (below *sealing.Position, above sealing.Position, err error) {
+	lo, hi, err := f.search(ctx, subject, func(c sealing.Checkpoint) bool { return compare(c, pos.Checkpoint) < 0 })
 	if err != nil {
-		return nil, above, fmt.Errorf("looking for a chunk: %w", err)
+		return nil, above, err
 	}
-	found := false
+	if hi == nil {
+		return nil, above, errors.New("looking for a chunk: the store ends before it, though it stands behind it")
+	}
+	if lo != nil {
+		below = &lo.pos
+	}
+	return below, hi.pos, nil
+}
+
+// search finds the last chunk of a subject that is before a place and the first
+// that is not; either is nil if there is none. Messages of a stream are ordered by
+// epoch and sequence, so a binary search finds them.
+func (f *Fleet) search(ctx context.Context, subject string, before func(sealing.Checkpoint) bool) (below, above *located, err error) {
+	info, err := f.Bus.Rec.Info(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("looking for a chunk: %w", err)
+	}
 	lo, hi := info.State.FirstSeq, info.State.LastSeq
 	for lo <= hi {
 		mid := lo + (hi-lo)/2
-		m, err := in.Bus.Rec.GetMsg(ctx, mid, jetstream.WithGetMsgSubject(subject))
+		m, err := f.Bus.Rec.GetMsg(ctx, mid, jetstream.WithGetMsgSubject(subject))
 		if err != nil && !errors.Is(err, jetstream.ErrMsgNotFound) {
-			return nil, above, fmt.Errorf("looking for a chunk: %w", err)
+			return nil, nil, fmt.Errorf("looking for a chunk: %w", err)
 		}
 		if err != nil || m.Sequence > hi { // none of this stream from mid to hi
 			hi = mid - 1
@@ -340,16 +362,13 @@ func (in *ingest) neighbours(ctx context.Context, subject string, pos sealing.Po
 		}
 		_, at, err := sealing.ParseChunk(m.Data)
 		if err != nil {
-			return nil, above, fmt.Errorf("looking for a chunk: %w", err)
+			return nil, nil, fmt.Errorf("looking for a chunk: %w", err)
 		}
-		if compare(at.Checkpoint, pos.Checkpoint) < 0 {
-			below, lo = &at, m.Sequence+1
+		if here := (&located{at, m.Sequence, m.Data}); before(at.Checkpoint) {
+			below, lo = here, m.Sequence+1
 		} else {
-			above, found, hi = at, true, mid-1
+			above, hi = here, mid-1
 		}
-	}
-	if !found {
-		return nil, above, errors.New("looking for a chunk: the store ends before it, though it stands behind it")
 	}
 	return below, above, nil
 }

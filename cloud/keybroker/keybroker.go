@@ -1,6 +1,7 @@
 // Package keybroker holds the data owner's key and gives stream keys on: to a
-// gateway whose fresh verdict is affirming, or to a consumer whom the data owner
-// has granted reading. It judges nobody: it checks verdicts and grants.
+// gateway whose fresh verdict is affirming, if the stream is its own or the data
+// owner has granted it reading, or to a consumer who has such a grant. It judges
+// nobody: it checks verdicts and grants.
 package keybroker
 
 import (
@@ -51,66 +52,84 @@ type Request struct {
 	Verdict  []byte `cbor:"5,keyasint,omitempty"`
 }
 
-// Release is the stream key, sealed to whom it is for and signed by the broker,
-// and the epoch key under which the stream's checkpoints verify.
-type Release struct {
-	Message  []byte `cbor:"1,keyasint"`
-	EpochKey []byte `cbor:"2,keyasint"` // COSE_Key
-	Verdict  []byte `cbor:"3,keyasint"` // that vouches for it
+// GatewayRequest is what the fleet passes on of a gateway that asks for itself.
+type GatewayRequest struct {
+	Tenant  string           `cbor:"1,keyasint"`
+	Gateway string           `cbor:"2,keyasint"` // that asks, by its topic
+	Asked   message.AskedKey `cbor:"3,keyasint"`
 }
 
 // Run serves until ctx ends.
 func (b *Broker) Run(ctx context.Context) error {
-	if err := cloud.Answer(ctx, b.Bus, "api.*.data.key", "keybroker", b.release); err != nil {
+	if err := cloud.Answer(ctx, b.Bus, "api.*.data.key", "keybroker", b.answer); err != nil {
+		return err
+	}
+	if err := cloud.Answer(ctx, b.Bus, "svc.key", "keybroker", b.answerGateway); err != nil {
 		return err
 	}
 	<-ctx.Done()
 	return ctx.Err()
 }
 
-func (b *Broker) release(ctx context.Context, subject string, r Request) (Release, error) {
-	t, err := b.Tenants.Tenant(strings.Split(subject, ".")[1])
+func (b *Broker) answer(ctx context.Context, subject string, r Request) (message.Release, error) {
+	return b.release(ctx, strings.Split(subject, ".")[1], r)
+}
+
+// answerGateway answers a gateway: it is given keys under its own verdict only.
+func (b *Broker) answerGateway(ctx context.Context, _ string, r GatewayRequest) (message.Release, error) {
+	v, err := attest.PeekVerdict(r.Asked.Verdict) // release verifies it
 	if err != nil {
-		return Release{}, err
+		return message.Release{}, fmt.Errorf("the recipient's verdict: %w", err)
+	}
+	if v.Subject != r.Tenant+"/"+r.Gateway {
+		return message.Release{}, fmt.Errorf("the recipient's verdict is about %.64q, but %s/%s asks", v.Subject, r.Tenant, r.Gateway)
+	}
+	return b.release(ctx, r.Tenant, Request{Gateway: r.Asked.Gateway, Stream: r.Asked.Stream, Epoch: r.Asked.Epoch, Verdict: r.Asked.Verdict})
+}
+
+func (b *Broker) release(ctx context.Context, tenant string, r Request) (message.Release, error) {
+	t, err := b.Tenants.Tenant(tenant)
+	if err != nil {
+		return message.Release{}, err
 	}
 	if !attest.ValidName(r.Gateway) || !attest.ValidName(r.Stream) || len(r.Epoch) != 16 {
-		return Release{}, errors.New("which stream key? gateway, stream and epoch are needed")
+		return message.Release{}, errors.New("which stream key? gateway, stream and epoch are needed")
 	}
 	to, who, err := b.recipient(ctx, t, r)
 	if err != nil {
 		b.Log.Warn("release refused", "gateway", r.Gateway, "stream", r.Stream, "reason", err)
-		return Release{}, err
+		return message.Release{}, err
 	}
 	key := fmt.Sprintf("%s.%s.%x", cloud.Key(t.Tenant, r.Gateway), r.Stream, r.Epoch)
 	k, _, ok, err := cloud.Get[StreamKey](ctx, b.Bus.Keys, key)
 	if err != nil {
-		return Release{}, err
+		return message.Release{}, err
 	}
 	if !ok {
-		return Release{}, fmt.Errorf("no key of stream %s of %s in that epoch was accepted", r.Stream, r.Gateway)
+		return message.Release{}, fmt.Errorf("no key of stream %s of %s in that epoch was accepted", r.Stream, r.Gateway)
 	}
 	epochKey, err := producer(t, t.Tenant+"/"+r.Gateway, k)
 	if err != nil {
-		return Release{}, err
+		return message.Release{}, err
 	}
 	data, err := b.Data(t.Tenant)
 	if err != nil {
-		return Release{}, err
+		return message.Release{}, err
 	}
 	h, secret, err := sealing.OpenStreamKey(epochKey, sealing.TypStreamKey, k.Message, data)
 	if err != nil {
-		return Release{}, err
+		return message.Release{}, err
 	}
 	defer clear(secret)
 	if h.Subject != t.Tenant+"/"+r.Gateway || h.Stream != r.Stream || !bytes.Equal(h.Epoch[:], r.Epoch) {
-		return Release{}, errors.New("the stored key is of another stream")
+		return message.Release{}, errors.New("the stored key is of another stream")
 	}
 	msg, err := sealing.SealStreamKey(b.Key, sealing.TypRelease, h.Subject, h.Stream, h.Epoch, secret, to)
 	if err != nil {
-		return Release{}, err
+		return message.Release{}, err
 	}
 	b.Log.Info("key released", "gateway", h.Subject, "stream", h.Stream, "epoch", h.Epoch.String(), "to", who)
-	return Release{Message: msg, EpochKey: cose.MarshalKey(epochKey), Verdict: k.Verdict}, nil
+	return message.Release{Message: msg, EpochKey: cose.MarshalKey(epochKey), Verdict: k.Verdict}, nil
 }
 
 // producer checks that an affirming verdict vouched for the key that signed a
@@ -159,8 +178,12 @@ func (b *Broker) recipient(ctx context.Context, t cloud.Tenant, r Request) (hpke
 		if tenant != t.Tenant || !attest.ValidName(name) {
 			return nil, "", fmt.Errorf("the recipient's verdict is about %.64q, no gateway of %s", v.Subject, t.Tenant)
 		}
-		if _, err := b.grant(t, "gateway-"+name, message.Grant{Tenant: t.Tenant, Consumer: name, Gateway: true}); err != nil {
-			return nil, "", err
+		// A producer gets its own streams back without a grant: its keep had the
+		// plaintext, and the verdict says that it is still one to be trusted.
+		if name != r.Gateway {
+			if _, err := b.grant(t, "gateway-"+name, message.Grant{Tenant: t.Tenant, Consumer: name, Gateway: true}); err != nil {
+				return nil, "", err
+			}
 		}
 		g, _, ok, err := cloud.Get[cloud.Gateway](ctx, b.Bus.Gateways, cloud.Key(t.Tenant, name))
 		if err != nil {

@@ -150,13 +150,13 @@ func (p *producer) request() keybroker.Request {
 	return keybroker.Request{Gateway: p.name, Stream: "temp", Epoch: p.epoch[:]}
 }
 
-func ask(t testing.TB, tenant string, r keybroker.Request) (keybroker.Release, error) {
+func ask(t testing.TB, tenant string, r keybroker.Request) (message.Release, error) {
 	t.Helper()
-	return cloud.Ask[keybroker.Release](deadline(t), bus.NC, "api."+tenant+".data.key", r)
+	return cloud.Ask[message.Release](deadline(t), bus.NC, "api."+tenant+".data.key", r)
 }
 
 // opens checks that a release is for key, by our broker, and holds the secret.
-func (p *producer) opens(t *testing.T, rel keybroker.Release, to hpke.PrivateKey) {
+func (p *producer) opens(t *testing.T, rel message.Release, to hpke.PrivateKey) {
 	t.Helper()
 	h, secret, err := sealing.OpenStreamKey(&key("acme", "keys/broker.key").PublicKey, sealing.TypRelease, rel.Message, to)
 	if err != nil {

@@ -401,7 +401,7 @@ func (w *world) testReadings(t *testing.T) {
 			t.Fatalf("the watermark is at %+v", mark)
 		}
 	}
-	rel := must(cloud.Ask[keybroker.Release](deadline(t), w.bus.NC, "api.acme.data.key", keybroker.Request{
+	rel := must(cloud.Ask[message.Release](deadline(t), w.bus.NC, "api.acme.data.key", keybroker.Request{
 		Gateway: "gw1", Stream: "temp", Epoch: chunks[0].Epoch, Consumer: "consumer",
 	}))
 	key := must(cloud.LoadHPKEKey(w.path("cloud/consumer/consumer.key")))

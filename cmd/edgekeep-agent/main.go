@@ -36,6 +36,12 @@ type file struct {
 	Spool struct {
 		Bytes int64 `toml:"bytes"`
 	} `toml:"spool"`
+	Instances struct {
+		Bytes int64 `toml:"bytes"`
+	} `toml:"instances"`
+	Blobs struct {
+		Bytes int64 `toml:"bytes"`
+	} `toml:"blobs"`
 }
 
 func main() {
@@ -55,6 +61,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	var f file
 	f.Keep.Socket, f.State.Dir, f.Spool.Bytes = "/run/edgekeep/keep.sock", "/var/lib/edgekeep/agent", 1<<30
+	f.Instances.Bytes, f.Blobs.Bytes = 1<<30, 512<<20
 	if err := config.Load(*path, &f); err != nil {
 		return err
 	}
@@ -65,6 +72,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	a, err := agent.New(agent.Config{
 		Broker: f.Broker.URL, BootBroker: f.Broker.BootURL, CA: f.Broker.CA,
 		KeepSocket: f.Keep.Socket, State: f.State.Dir, SpoolBytes: f.Spool.Bytes,
+		InstanceBytes: f.Instances.Bytes, BlobBytes: f.Blobs.Bytes,
 	}, log)
 	if err != nil {
 		return fmt.Errorf("%s: %w", *path, err)

@@ -42,8 +42,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 		Short: "Operate a fleet of Edgekeep gateways, read their data, check their evidence",
 		Long: "Edgekeep seals sensor readings inside a small trusted process on edge gateways and\n" +
 			"attests to the cloud what was booted. This command is for operators (gateways,\n" +
-			"commands), consumers (data) and auditors (verify). `edgekeep demo` shows it all on\n" +
-			"this machine.",
+			"commands, workloads), consumers (data, results, infer) and auditors (verify).\n" +
+			"`edgekeep demo` shows it all on this machine.",
 		Version: version, SilenceUsage: true, SilenceErrors: true,
 	}
 	root.SetArgs(args)
@@ -51,7 +51,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	root.SetErr(stderr)
 	root.PersistentFlags().StringVar(&a.kit, "kit", defaultKit(), "directory with your certificate and keys (or EDGEKEEP_KIT)")
 	root.PersistentFlags().BoolVar(&a.json, "json", false, "print JSON")
-	root.AddCommand(a.gatewayCommand(), a.attestCommand(), a.commandCommand(), a.dataCommand(), a.verifyCommand(), a.demoCommand())
+	root.AddCommand(a.gatewayCommand(), a.attestCommand(), a.commandCommand(), a.dataCommand(), a.workloadCommand(), a.inferCommand(),
+		a.verifyCommand(), a.demoCommand())
 	return root.ExecuteContext(ctx)
 }
 

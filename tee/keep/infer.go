@@ -99,6 +99,9 @@ func (k *Keep) infer(a workload.Asked, r *workload.Response) (hpke.PublicKey, er
 // epoch key only, and no lock.
 func (k *Keep) reply(id []byte, r workload.Response, output []byte, to hpke.PublicKey) {
 	var err error
+	if len(output) > workload.MaxInput {
+		r.Error = fmt.Sprintf("the result has %d bytes, at most %d fit", len(output), workload.MaxInput)
+	}
 	if r.Error == "" {
 		r.Sealed, err = workload.SealTo(workload.PurposeResult, r.Request, output, to)
 	}

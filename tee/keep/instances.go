@@ -45,6 +45,7 @@ type instance struct {
 	Move      *passage          `cbor:"8,keyasint,omitempty"`
 	// Starts are where streams of this gateway stood when the instance was deployed.
 	Starts map[string]sealing.Before `cbor:"9,keyasint,omitempty"`
+	Line   uint64                    `cbor:"10,keyasint,omitempty"` // the last result of the epochs before
 }
 
 // passage is a move that the state knows of. In phaseLive it is the one that
@@ -149,9 +150,11 @@ func (k *Keep) deploy(c message.Command, item message.Item, next *state) (effect
 		}
 	}
 	*next = k.withInstance(d.Instance, &instance{
-		Phase: phaseLive, Manifest: d.Manifest, BundleKey: bundleKey, Epoch: e.Epoch, Keys: []tee.StateKey{newStateKey()}, Inputs: d.Inputs, Starts: starts,
+		Phase: phaseLive, Manifest: d.Manifest, BundleKey: bundleKey, Epoch: e.Epoch, Keys: []tee.StateKey{newStateKey()}, Inputs: d.Inputs, Starts: starts, Line: e.Line,
 	})
 	return func() {
+		delete(k.moves, d.Instance) // offered before it was deployed here
+		k.workloads.forget(d.Instance)
 		k.workloads.do(d.Instance, tee.JobDrop, tee.DropLog{Instance: d.Instance}, nil) // of an earlier one of that name
 		k.adoptInstances()
 	}, nil
@@ -233,7 +236,7 @@ func (k *Keep) stop(c message.Command, next *state) (effect func(), err error) {
 	case i.Phase != phaseLive:
 		return nil, fmt.Errorf("instance %s moves away and cannot be stopped now", name)
 	default:
-		*next = k.withInstance(name, &instance{Phase: phaseStopped, Manifest: i.Manifest, Epoch: i.Epoch})
+		*next = k.withInstance(name, &instance{Phase: phaseStopped, Manifest: i.Manifest, Epoch: i.Epoch, Line: i.Line})
 	}
 	return func() {
 		delete(k.moves, name)
@@ -255,20 +258,33 @@ func (w *workloads) wantKey(r *runner, name string, spec instance, id uint64, wa
 			return nil
 		}
 	}
+	w.mu.Lock()
+	r.keys++
+	n := r.keys
+	w.mu.Unlock()
+	if n > maxKeys {
+		return fmt.Errorf("%w: it waits for %d keys", errRunner, n)
+	}
+	answer := func(v any, err error) {
+		w.answer(r, id, v, err)
+		w.mu.Lock()
+		r.keys--
+		w.mu.Unlock()
+	}
 	go func() { // takes the keep's lock, which may be held for as long as the TPM takes
 		ask, err := w.k.askKey(want)
-		if err != nil {
-			w.answer(r, id, nil, err)
-			return
+		if err == nil {
+			err = w.enqueue(&job{InstanceJob: tee.InstanceJob{Instance: name, Job: tee.Job{Kind: tee.JobAsk, Body: cose.MustMarshal(ask)}}, done: func(d tee.JobDone) {
+				if d.Error != "" {
+					answer(nil, errors.New(d.Error))
+					return
+				}
+				answer(w.k.openKey(want, d.Body))
+			}})
 		}
-		w.do("", tee.JobAsk, ask, func(d tee.JobDone) {
-			if d.Error != "" {
-				w.answer(r, id, nil, errors.New(d.Error))
-				return
-			}
-			got, err := w.k.openKey(want, d.Body)
-			w.answer(r, id, got, err)
-		})
+		if err != nil {
+			answer(nil, err)
+		}
 	}()
 	return nil
 }
@@ -355,9 +371,9 @@ func (k *Keep) workloadClaims() []attest.Workload {
 		}
 		if st := k.workloads.run[name]; st != nil {
 			c.Running, c.Protection, c.Rewritten = st.report.Running, st.report.Protection, st.report.Module
-			c.Failures, c.Reason = st.report.Failures, cut(st.report.Reason, 256)
+			c.Failures, c.Reason = st.report.Failures, st.report.Reason
 			if st.runner != nil {
-				c.Rewriter, c.Compiler = st.runner.hello.Rewriter, st.runner.hello.Compiler
+				c.Rewriter, c.Compiler = cut(st.runner.hello.Rewriter, 32), st.runner.hello.Compiler
 			}
 		}
 		out = append(out, c)

@@ -162,7 +162,7 @@ func (k *Keep) resend(name string) {
 			k.control(workload.KindReady, name, i.Move.Peer, workload.Control{Attempt: i.Move.Attempt})
 		}
 	case phaseStopped:
-		k.claim(name, workload.Entry{Bundle: workload.ID(i.Manifest), Line: k.sealer.line(name)}, i)
+		k.claim(name, workload.Entry{Bundle: workload.ID(i.Manifest), Line: max(i.Line, k.sealer.line(name))}, i)
 	}
 }
 
@@ -200,16 +200,22 @@ func moveContext(attempt, id []byte) []byte { return cose.MustMarshal([][]byte{a
 // giveUp ends a move that the state does not know of: nothing has happened.
 func (k *Keep) giveUp(name string, reason error) {
 	mv := k.moves[name]
-	delete(k.moves, name)
-	if mv == nil {
+	if mv == nil || k.freezing(name) {
 		return
 	}
+	delete(k.moves, name)
 	k.log.Warn("a move was given up", "instance", name, "peer", mv.peer, "reason", reason)
 	if mv.source {
 		k.workloads.setRoute(name, route{})
 		k.refuse(name, mv.peer, mv.attempt, reason)
 		k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: k.st.Instances[name].Epoch})
 	}
+}
+
+// freezing reports whether the step that freezes an instance waits for its Commit:
+// the move cannot be given up any more.
+func (k *Keep) freezing(name string) bool {
+	return k.pending != nil && k.pending.next.Instances[name].Phase == phaseFrozen && k.st.Instances[name].Phase == phaseLive
 }
 
 // claim asks the ledger. Its answer counts only for this very claim.
@@ -224,18 +230,23 @@ func (k *Keep) claim(name string, e workload.Entry, i instance) {
 	k.workloads.do("", tee.JobAsk, q, func(d tee.JobDone) {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		k.heardLedger(name, msg, d)
+		k.heardLedger(name, i.Epoch, msg, d)
 	})
 }
 
-// heard is the ledger's answer to our newest claim, until the next step uses it.
+// heard is the ledger's newest answer to a claim of ours, until a step uses it. One
+// to a claim from another epoch than the instance's says nothing: it came late.
 type heard struct {
+	from    uint64 // the epoch that the claim was to replace
 	entry   workload.Entry
 	msg     []byte
 	refused string
 }
 
-func (k *Keep) heardLedger(name string, claim []byte, d tee.JobDone) {
+func (k *Keep) heardLedger(name string, from uint64, claim []byte, d tee.JobDone) {
+	if k.st.Instances[name].Epoch != from {
+		return
+	}
 	reason, refused := strings.CutPrefix(d.Error, tee.CloudRefuses)
 	if d.Error != "" && !refused {
 		return // not heard: asked again
@@ -244,7 +255,7 @@ func (k *Keep) heardLedger(name string, claim []byte, d tee.JobDone) {
 		// The cloud's word that this claim is not allowed is not signed, and need not
 		// be: all that follows from it is another claim.
 		k.log.Warn("the ledger did not take a claim", "instance", name, "reason", printable(reason))
-		k.ledger[name] = heard{refused: reason}
+		k.ledger[name] = heard{from: from, refused: reason}
 	} else {
 		var s message.Signed
 		if err := cose.Unmarshal(d.Body, &s); err != nil {
@@ -255,7 +266,7 @@ func (k *Keep) heardLedger(name string, claim []byte, d tee.JobDone) {
 			k.log.Warn("an answer that is not the ledger's", "instance", name, "err", err)
 			return
 		}
-		k.ledger[name] = heard{entry: e, msg: s.Message}
+		k.ledger[name] = heard{from: from, entry: e, msg: s.Message}
 	}
 	k.workloads.advanceSoon()
 }
@@ -291,6 +302,7 @@ func (k *Keep) advanceStep(tee.Advance) (tee.Outcome, error) {
 // nextStep is the step that an instance can take now; act is nil if there is none.
 func (k *Keep) nextStep(name string, i instance) (next state, act func(), err error) {
 	answer, answered := k.ledger[name]
+	answered = answered && answer.from == i.Epoch
 	switch i.Phase {
 	case phaseLive:
 		mv := k.moves[name]
@@ -362,7 +374,7 @@ func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act fun
 		}, nil
 	case e.Epoch == i.Epoch+1 && e.Holder == k.st.Gateway && bytes.Equal(e.Attempt, selfAttempt(i.Move.Attempt)):
 		k.refuse(name, i.Move.Peer, i.Move.Attempt, errors.New("the ledger did not take the move"))
-		i.Phase, i.Epoch, i.Move = phaseLive, e.Epoch, nil
+		i.Phase, i.Epoch, i.Line, i.Move = phaseLive, e.Epoch, e.Line, nil
 		return k.withInstance(name, &i), func() {
 			k.log.Warn("a move did not come about; the instance goes on here", "instance", name, "epoch", e.Epoch)
 			k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: e.Epoch})
@@ -484,17 +496,24 @@ func (k *Keep) offered(c workload.Control) error {
 	if known && i.Move != nil && bytes.Equal(i.Move.Attempt, c.Attempt) {
 		return nil // further on already
 	}
+	if known && i.Phase == phaseHolding && i.Move.Peer == c.From {
+		k.resend(c.Instance) // its refusal ends the earlier move; one that it does not refuse may still be released
+		return nil
+	}
 	m, err := workload.VerifyManifest(k.roots.Operator, c.Manifest)
 	if err == nil {
 		err = k.mayRun(c.Instance, m, c.Inputs)
 	}
+	if err == nil && known && i.Phase == phaseReleased && c.Epoch <= i.Epoch {
+		err = fmt.Errorf("instance %s has moved on since epoch %d", c.Instance, c.Epoch)
+	}
 	if err == nil && k.verdictMsg == nil {
 		err = errors.New("this keep has no verdict yet")
 	}
-	if err == nil && known && i.Phase == phaseHolding && i.Move.Peer != c.From {
+	if err == nil && known && i.Phase == phaseHolding {
 		err = fmt.Errorf("instance %s is moving here from %s", c.Instance, i.Move.Peer)
 	}
-	if err == nil && !known && !k.workloads.idle() {
+	if err == nil && !k.workloads.idle() {
 		err = errors.New("no runner is idle")
 	}
 	if err == nil && k.moves[c.Instance] != nil && k.moves[c.Instance].source {
@@ -596,10 +615,8 @@ func (k *Keep) received(c workload.Control) error {
 // released makes the instance live here.
 func (k *Keep) released(c workload.Control) (tee.Outcome, error) {
 	i, ok := k.st.Instances[c.Instance]
-	if !ok || i.Move == nil || !bytes.Equal(i.Move.Attempt, c.Attempt) || i.Move.Peer != c.From {
-		return tee.Outcome{}, errors.New("a release of a move that this keep knows nothing of")
-	}
-	if i.Phase != phaseHolding {
+	if !ok || i.Move == nil || !bytes.Equal(i.Move.Attempt, c.Attempt) || i.Move.Peer != c.From || i.Phase != phaseHolding {
+		// It was used, perhaps long ago, or what it opens is not here any more.
 		k.control(workload.KindDone, c.Instance, c.From, workload.Control{Attempt: c.Attempt})
 		return tee.Outcome{}, nil
 	}
@@ -622,7 +639,7 @@ func (k *Keep) released(c workload.Control) (tee.Outcome, error) {
 	if err := cose.Unmarshal(secret, &final); err != nil {
 		return tee.Outcome{}, fmt.Errorf("the snapshot key: %w", err)
 	}
-	i.Phase, i.Epoch, i.Moves = phaseLive, e.Epoch, i.Moves+1
+	i.Phase, i.Epoch, i.Line, i.Moves = phaseLive, e.Epoch, e.Line, i.Moves+1
 	i.Keys = append(slices.Clone(i.Keys), final, newStateKey())
 	i.Move = &passage{Attempt: c.Attempt, Peer: c.From, Head: e.Head, Line: e.Line}
 	return k.step(k.withInstance(c.Instance, &i), func() (tee.Outcome, error) {
@@ -677,7 +694,10 @@ func (w *workloads) relay(name string, kind int, n uint64, data []byte) error {
 	}
 	msg := workload.Wrap(kind, workload.Frame{Attempt: to.attempt, N: n, Data: data})
 	j := &job{InstanceJob: tee.InstanceJob{Instance: name, Job: tee.Job{Kind: tee.JobPeer, Body: cose.MustMarshal(message.Routed{Peer: to.peer, Data: msg})}}}
-	return w.enqueue(j)
+	if w.enqueue(j) != nil {
+		w.k.log.Debug("a frame found no room: it is sent again", "instance", name)
+	}
+	return nil
 }
 
 // frame hands a frame from another gateway to the runner it is for, without the

@@ -2,6 +2,7 @@ package keep
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"maps"
@@ -28,6 +29,9 @@ const (
 	maxJobsReply   = 600 << 10
 	restartMin     = time.Second
 	restartMax     = time.Minute
+	maxJobBody     = tee.MaxFrame - 4096 // bytes: with what the keep puts around it, it fits a frame
+	maxResult      = 32 << 10            // bytes of one result: it fits a record
+	maxKeys        = 64                  // keys that one runner waits for
 	runnerPatience = 10 * time.Second
 )
 
@@ -46,6 +50,7 @@ type workloads struct {
 	arrived chan struct{} // closed and replaced when the queue grows
 	advance bool          // the agent was asked to call Advance
 	routes  map[string]route
+	agent   int // counts starts of the agent
 }
 
 // running is what is known of an instance beside its state.
@@ -71,6 +76,7 @@ type runner struct {
 	out    []outgoing
 	size   int
 	missed map[string]bool // streams of which a chunk found no room
+	keys   int             // keys that it waits for
 	wake   chan struct{}
 }
 
@@ -183,6 +189,9 @@ func (w *workloads) write(ctx context.Context, r *runner) {
 			w.mu.Unlock()
 		}
 		if len(out) > 0 {
+			w.mu.Lock()
+			w.sendMissed(r)
+			w.mu.Unlock()
 			continue
 		}
 		select {
@@ -296,8 +305,9 @@ func (w *workloads) assignment(name string, spec instance, st *running) tee.Assi
 		Instance: name, Epoch: spec.Epoch, Manifest: spec.Manifest, BundleKey: spec.BundleKey,
 		Keys: spec.Keys, Receive: spec.Phase == phaseHolding, Newest: st.newest,
 	}
+	a.Line = spec.Line
 	if st.acked.Session == session(name, spec.Epoch) {
-		a.Line = st.acked.Line
+		a.Line = max(a.Line, st.acked.Line)
 	}
 	for _, in := range spec.Inputs {
 		input := tee.Input{Gateway: in.Gateway, Stream: in.Stream, Local: in.Gateway == w.k.gatewayName()}
@@ -336,11 +346,20 @@ func (w *workloads) feed(stream string, chunk []byte) {
 			r.missed[stream] = true
 			continue
 		}
-		if r.missed[stream] {
-			delete(r.missed, stream)
-			w.send(r, tee.KindFeed, tee.Feed{Stream: stream}, 64)
-		}
+		w.sendMissed(r)
 		w.send(r, tee.KindFeed, tee.Feed{Stream: stream, Chunk: chunk}, len(chunk)+64)
+	}
+}
+
+// sendMissed tells a runner of which streams a chunk found no room, once there is
+// some. The caller holds w.mu.
+func (w *workloads) sendMissed(r *runner) {
+	for stream := range r.missed {
+		if r.size > maxOut/2 {
+			return
+		}
+		delete(r.missed, stream)
+		w.send(r, tee.KindFeed, tee.Feed{Stream: stream}, 64)
 	}
 }
 
@@ -368,9 +387,14 @@ var errRunner = errors.New("it broke the contract")
 func (w *workloads) message(r *runner, kind int, body []byte) error {
 	w.mu.Lock()
 	name := r.instance
+	st := w.run[name]
+	mine := st != nil && st.runner == r
 	w.mu.Unlock()
-	if name == "" {
+	switch {
+	case name == "":
 		return fmt.Errorf("%w: a message before it has an instance", errRunner)
+	case !mine:
+		return nil // taken away from it
 	}
 	switch kind {
 	case tee.KindJob:
@@ -382,13 +406,13 @@ func (w *workloads) message(r *runner, kind int, body []byte) error {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	st := w.run[name]
-	if st == nil || st.runner != r {
-		return nil // taken away from it
-	}
 	switch kind {
 	case tee.KindReport:
 		return taken(body, func(p tee.Report) error {
+			if len(p.Newest) > 0 && len(p.Newest) != sha256.Size || len(p.Module) > 0 && len(p.Module) != sha256.Size {
+				return fmt.Errorf("%w: a hash of the wrong size", errRunner)
+			}
+			p.Reason, p.Protection = cut(p.Reason, 256), cut(p.Protection, 32)
 			if p.Refused && !st.report.Refused {
 				w.k.log.Error("a workload cannot run here", "instance", name, "reason", p.Reason)
 			}
@@ -407,9 +431,20 @@ func (w *workloads) message(r *runner, kind int, body []byte) error {
 			return nil
 		})
 	case tee.KindFinal:
-		return taken(body, func(f tee.Final) error { st.final = &f; w.wantAdvance(); return nil })
+		return taken(body, func(f tee.Final) error {
+			st.final = &f
+			w.wantAdvance()
+			return sized(f.Head)
+		})
 	case tee.KindReceived:
-		return taken(body, func(f tee.Received) error { st.received = f.Head; w.wantAdvance(); return nil })
+		return taken(body, func(f tee.Received) error {
+			if err := sized(f.Head); err != nil {
+				return err
+			}
+			st.received = f.Head
+			w.wantAdvance()
+			return nil
+		})
 	}
 	return fmt.Errorf("%w: a message of kind %d", errRunner, kind)
 }
@@ -422,12 +457,25 @@ func taken[M any](body []byte, f func(M) error) error {
 	return f(m)
 }
 
+func sized(head []byte) error {
+	if len(head) != sha256.Size {
+		return fmt.Errorf("%w: a hash of the wrong size", errRunner)
+	}
+	return nil
+}
+
 // output seals results. What a runner was told is durable, or hands over again
 // after a restart, is left out.
 func (w *workloads) output(name string, o tee.Output) error {
 	readings, err := sealing.ParsePack(o.Readings)
 	if err != nil {
 		return fmt.Errorf("%w: results: %w", errRunner, err)
+	}
+	for _, r := range readings {
+		text, _ := r.Value.(string)
+		if len(r.Name)+len(r.Unit)+len(text) > maxResult {
+			return fmt.Errorf("%w: a result of more than %d bytes", errRunner, maxResult)
+		}
 	}
 	w.mu.Lock()
 	spec := w.specs[name]
@@ -460,6 +508,9 @@ func (w *workloads) runnerJob(r *runner, name string, j tee.Job) error {
 	w.mu.Lock()
 	spec := w.specs[name]
 	w.mu.Unlock()
+	if len(j.Body) > maxJobBody {
+		return fmt.Errorf("%w: a job of %d bytes, at most %d", errRunner, len(j.Body), maxJobBody)
+	}
 	var err error
 	switch j.Kind {
 	case tee.JobAppend:
@@ -572,8 +623,15 @@ func (w *workloads) work(ctx context.Context, r tee.Work) (tee.WorkReply, error)
 	}
 	timeout := time.NewTimer(time.Duration(r.Wait) * time.Millisecond)
 	defer timeout.Stop()
+	w.mu.Lock()
+	agent := w.agent
+	w.mu.Unlock()
 	for {
 		w.mu.Lock()
+		if w.agent != agent { // of an agent that is gone: nobody would do what it took
+			w.mu.Unlock()
+			return tee.WorkReply{}, errors.New("the agent was started again")
+		}
 		jobs, arrived := w.takeJobs(), w.arrived
 		w.mu.Unlock()
 		if len(jobs) > 0 {
@@ -615,7 +673,7 @@ func (w *workloads) done(d tee.JobDone) {
 	}
 	w.mu.Unlock()
 	if j != nil && j.done != nil {
-		j.done(d)
+		go j.done(d) // it may wait for the TPM
 	}
 }
 
@@ -633,6 +691,7 @@ func (w *workloads) reset() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.queue, w.advance = nil, false
+	w.agent++
 	jobs := w.jobs
 	w.jobs = map[uint64]*job{}
 	for _, st := range w.run {

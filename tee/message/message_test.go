@@ -29,9 +29,16 @@ var (
 		Nonce: count(3, 32), Time: 1750000000, Subject: "acme/gw7", Challenge: []byte("challenge"), Command: []byte("command"),
 		Verdict: []byte("verdict"), Credential: &Credential{Blob: []byte("blob"), Secret: []byte("secret")},
 		Roots: []byte("roots"), Certificate: [][]byte{[]byte("leaf"), []byte("issuer")}, Reason: "nothing more",
+		Entry: []byte("entry"),
 	}
 	testCommand = Command{
 		Audience: "acme/gw7", Sequence: 5, Name: SetInterval, Args: map[string]string{"seconds": "60"}, Expires: 1750000600,
+	}
+	testDeploy = Command{
+		Audience: "acme/gw7", Sequence: 6, Name: WorkloadDeploy, Args: map[string]string{"instance": "press-watch"}, Body: []byte("deploy"),
+	}
+	testRecover = Recover{
+		Tenant: "acme", Instance: "press-watch", From: 3, To: "gw8", Checkpoint: count(7, 32), Head: count(8, 32), Issued: 1750000000,
 	}
 	testResult = Result{
 		Subject: "acme/gw7", Sequence: 5, Command: count(4, 32), Done: true, Reason: "", Output: map[string]string{"phase": "enrolled"},
@@ -99,6 +106,8 @@ type signable interface {
 func TestSignedGolden(t *testing.T) {
 	signed(t, "item.golden", TypItem, testItem, VerifyItem)
 	signed(t, "command.golden", TypCommand, testCommand, VerifyCommand)
+	signed(t, "deploy.golden", TypCommand, testDeploy, VerifyCommand)
+	signed(t, "recover.golden", TypRecover, testRecover, VerifyRecover)
 	signed(t, "result.golden", TypResult, testResult, VerifyResult)
 	signed(t, "admission.golden", TypAdmission, testAdmission, VerifyAdmission)
 	signed(t, "grant.golden", TypGrant, testGrant, VerifyGrant)
@@ -128,7 +137,7 @@ func signed[M signable](t *testing.T, name, typ string, m M, verify func(*ecdsa.
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, other := range []string{TypItem, TypCommand, TypResult, TypAdmission, TypGrant} {
+	for _, other := range []string{TypItem, TypCommand, TypResult, TypAdmission, TypGrant, TypRecover} {
 		if other == typ {
 			continue
 		}
@@ -177,6 +186,7 @@ func TestCommandRoundTrip(t *testing.T) {
 			Audience: rapid.String().Draw(t, "audience"), Sequence: rapid.Uint64().Draw(t, "sequence"),
 			Name: rapid.String().Draw(t, "name"), Expires: rapid.Int64().Draw(t, "expires"),
 			Args: rapid.MapOfN(rapid.String(), rapid.String(), 1, 5).Draw(t, "args"),
+			Body: rapid.SliceOfN(rapid.Byte(), 1, 50).Draw(t, "body"),
 		}
 		msg, err := m.Sign(key)
 		if err != nil {
@@ -214,30 +224,54 @@ func TestCheckCommand(t *testing.T) {
 	args := func(name string, args map[string]string) Command {
 		return with(func(c *Command) { c.Name, c.Args = name, args })
 	}
+	instance := map[string]string{"instance": "press-watch"}
+	body := func(n int, c Command) Command {
+		c.Body = make([]byte, n)
+		return c
+	}
 	for name, tt := range map[string]struct {
 		c      Command
 		reason string // empty: accepted
 	}{
-		"attest":               {good, ""},
-		"status":               {args(StatusCommand, nil), ""},
-		"rotate":               {args(RotateStreamKeys, nil), ""},
-		"interval":             {args(SetInterval, map[string]string{"seconds": "60"}), ""},
-		"in time":              {with(func(c *Command) { c.Expires = now.Unix() + 1 }), ""},
-		"a gap in sequences":   {with(func(c *Command) { c.Sequence = math.MaxUint64 }), ""},
-		"a name to drown in":   {with(func(c *Command) { c.Name = strings.Repeat("\x01", 300_000) }), "unknown command"},
-		"another gateway":      {with(func(c *Command) { c.Audience = "acme/gw8" }), "the command is for \"acme/gw8\""},
-		"a whole tenant":       {with(func(c *Command) { c.Audience = "acme/" }), "the command is for \"acme/\""},
-		"nobody":               {with(func(c *Command) { c.Audience = "" }), "the command is for"},
-		"again":                {with(func(c *Command) { c.Sequence = 5 }), "sequence 5 was used: the newest accepted is 5"},
-		"older":                {with(func(c *Command) { c.Sequence = 0 }), "sequence 0 was used"},
-		"expires now":          {with(func(c *Command) { c.Expires = now.Unix() }), "expired at 2025-06-15T15:06:40Z"},
-		"expired long ago":     {with(func(c *Command) { c.Expires = -1 }), "expired at"},
-		"unknown":              {args("reboot", nil), `unknown command "reboot"`},
-		"no name":              {args("", nil), `unknown command ""`},
-		"attest with argument": {args(AttestNow, map[string]string{"a": "b"}), "takes no arguments"},
-		"rotate with argument": {args(RotateStreamKeys, map[string]string{"": ""}), "takes no arguments"},
-		"interval without":     {args(SetInterval, nil), "a whole number from 1 to 86400"},
-		"interval and more":    {args(SetInterval, map[string]string{"seconds": "60", "x": ""}), "a whole number from 1 to 86400"},
+		"deploy":                  {body(1, args(WorkloadDeploy, instance)), ""},
+		"a large deploy":          {body(MaxBody, args(WorkloadDeploy, instance)), ""},
+		"too large a deploy":      {body(MaxBody+1, args(WorkloadDeploy, instance)), "a body of at most"},
+		"deploy nothing":          {args(WorkloadDeploy, instance), "needs a body"},
+		"deploy nobody":           {body(1, args(WorkloadDeploy, nil)), `argument "instance" is missing`},
+		"deploy and more":         {body(1, args(WorkloadDeploy, map[string]string{"instance": "a", "to": "gw8"})), "an argument too many"},
+		"deploy a path":           {body(1, args(WorkloadDeploy, map[string]string{"instance": "../x"})), "no such name"},
+		"deploy in capitals":      {body(1, args(WorkloadDeploy, map[string]string{"instance": "Press"})), "no such name"},
+		"deploy a long name":      {body(1, args(WorkloadDeploy, map[string]string{"instance": strings.Repeat("a", 27)})), "no such name"},
+		"deploy two lines":        {body(1, args(WorkloadDeploy, map[string]string{"instance": "a\n"})), "no such name"},
+		"stop":                    {args(WorkloadStop, instance), ""},
+		"stop with body":          {body(1, args(WorkloadStop, instance)), "takes no body"},
+		"stop nobody":             {args(WorkloadStop, nil), "is missing"},
+		"move":                    {args(WorkloadMove, map[string]string{"instance": "a", "to": "gw8"}), ""},
+		"move nowhere":            {args(WorkloadMove, instance), `argument "to" is missing`},
+		"move to a subject":       {args(WorkloadMove, map[string]string{"instance": "a", "to": "gw8.up"}), "no such name"},
+		"move somewhere and more": {args(WorkloadMove, map[string]string{"instance": "a", "to": "gw8", "x": ""}), "an argument too many"},
+		"attest with body":        {body(1, good), "takes no body"},
+		"interval with body":      {body(1, args(SetInterval, map[string]string{"seconds": "60"})), "takes no body"},
+		"attest":                  {good, ""},
+		"status":                  {args(StatusCommand, nil), ""},
+		"rotate":                  {args(RotateStreamKeys, nil), ""},
+		"interval":                {args(SetInterval, map[string]string{"seconds": "60"}), ""},
+		"in time":                 {with(func(c *Command) { c.Expires = now.Unix() + 1 }), ""},
+		"a gap in sequences":      {with(func(c *Command) { c.Sequence = math.MaxUint64 }), ""},
+		"a name to drown in":      {with(func(c *Command) { c.Name = strings.Repeat("\x01", 300_000) }), "unknown command"},
+		"another gateway":         {with(func(c *Command) { c.Audience = "acme/gw8" }), "the command is for \"acme/gw8\""},
+		"a whole tenant":          {with(func(c *Command) { c.Audience = "acme/" }), "the command is for \"acme/\""},
+		"nobody":                  {with(func(c *Command) { c.Audience = "" }), "the command is for"},
+		"again":                   {with(func(c *Command) { c.Sequence = 5 }), "sequence 5 was used: the newest accepted is 5"},
+		"older":                   {with(func(c *Command) { c.Sequence = 0 }), "sequence 0 was used"},
+		"expires now":             {with(func(c *Command) { c.Expires = now.Unix() }), "expired at 2025-06-15T15:06:40Z"},
+		"expired long ago":        {with(func(c *Command) { c.Expires = -1 }), "expired at"},
+		"unknown":                 {args("reboot", nil), `unknown command "reboot"`},
+		"no name":                 {args("", nil), `unknown command ""`},
+		"attest with argument":    {args(AttestNow, map[string]string{"a": "b"}), "takes no arguments"},
+		"rotate with argument":    {args(RotateStreamKeys, map[string]string{"": ""}), "takes no arguments"},
+		"interval without":        {args(SetInterval, nil), "a whole number from 1 to 86400"},
+		"interval and more":       {args(SetInterval, map[string]string{"seconds": "60", "x": ""}), "a whole number from 1 to 86400"},
 	} {
 		err := CheckCommand(tt.c, "acme/gw7", 5, now)
 		if tt.reason == "" && err != nil {
@@ -258,6 +292,24 @@ func TestInterval(t *testing.T) {
 		if got != want || (err == nil) != (want != 0) {
 			t.Errorf("%q: %v, %v", text, got, err)
 		}
+	}
+}
+
+func TestRecoverSizes(t *testing.T) {
+	key := testKey(t, 1)
+	for name, change := range map[string]func(*Recover){
+		"no instance":      func(r *Recover) { r.Instance = "" },
+		"another name":     func(r *Recover) { r.Instance = "a.b" },
+		"no target":        func(r *Recover) { r.To = "" },
+		"a target's topic": func(r *Recover) { r.To = "acme/gw8" },
+		"from nothing":     func(r *Recover) { r.From = 0 },
+		"no checkpoint":    func(r *Recover) { r.Checkpoint = nil },
+		"half a head":      func(r *Recover) { r.Head = r.Head[:16] },
+	} {
+		r := testRecover
+		change(&r)
+		_, err := VerifyRecover(&key.PublicKey, must(r.Sign(key))(t))
+		wantReason(t, name, err, "wrong size")
 	}
 }
 

@@ -31,7 +31,7 @@ type inode struct {
 	size  int64    // of a file
 	pages [][]byte // of a file, see content.go
 
-	target string // of a symbolic link
+	target string // of a symbolic link, relative
 
 	parent     *inode // of a directory with a name; the root is its own
 	entries    map[string]*entry

@@ -58,6 +58,22 @@ func TestBytesLimit(t *testing.T) {
 	}
 }
 
+// TestShrinkForgets wants what a file has lost not to come back when it grows.
+func TestShrinkForgets(t *testing.T) {
+	g := newDriver(t, newSystem(t, newWorld().config(NewDir(roomy))))
+	fd := g.mustOpen("f", openCreate)
+	g.mustWrite(fd, strings.Repeat("x", 2*PageSize))
+	for _, size := range []uint64{PageSize + 10, 20} {
+		g.want(success, "fd_filestat_set_size", fd, size)
+		g.want(success, "fd_seek", fd, size+5, 0, atResult)
+		g.mustWrite(fd, "y")
+		g.want(success, "fd_seek", fd, size-1, 0, atResult)
+		if text, err := g.read(fd, 100); text != "x\x00\x00\x00\x00\x00y" || err != 0 {
+			t.Errorf("at %d: %q, errno %d", size, text, err)
+		}
+	}
+}
+
 func TestEntriesLimit(t *testing.T) {
 	dir := NewDir(Limits{Bytes: 1000, Entries: 3})
 	g := newDriver(t, newSystem(t, newWorld().config(dir)))

@@ -91,3 +91,34 @@ func TestEndOfMemory(t *testing.T) {
 		}
 	}
 }
+
+// TestStrings wants arguments and environment in memory to the byte.
+func TestStrings(t *testing.T) {
+	cfg := newWorld().config(nil)
+	cfg.Args = []string{"a", "", "héllo"}
+	g := newDriver(t, newSystem(t, cfg))
+	for i := range 64 {
+		g.memory.b[atBuffer+i] = 0xff
+	}
+	g.want(success, "args_sizes_get", atResult, atResult+4)
+	if n, size := g.u32(atResult), g.u32(atResult+4); n != 3 || size != 10 {
+		t.Fatalf("%d arguments of %d bytes", n, size)
+	}
+	g.want(success, "args_get", atResult, atBuffer)
+	if got := string(g.memory.b[atBuffer:][:12]); got != "a\x00\x00héllo\x00\xff\xff" {
+		t.Errorf("arguments %q", got)
+	}
+	for i, want := range []uint64{atBuffer, atBuffer + 2, atBuffer + 3} {
+		if got := g.u32(atResult + 4*i); got != want {
+			t.Errorf("argument %d at %#x, want %#x", i, got, want)
+		}
+	}
+	g.want(success, "environ_sizes_get", atResult, atResult+4)
+	if n, size := g.u32(atResult), g.u32(atResult+4); n != 0 || size != 0 {
+		t.Errorf("%d variables of %d bytes", n, size)
+	}
+	g.want(success, "environ_get", atEnd, atEnd) // nothing is written there
+	g.want(eFAULT, "args_get", atEnd-8, atBuffer)
+	g.want(eFAULT, "args_get", atResult, atEnd-9)
+	g.want(eFAULT, "args_sizes_get", atResult, atEnd-3)
+}

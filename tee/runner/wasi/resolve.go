@@ -82,9 +82,6 @@ func find(base *inode, path string, mode last) (place, errno) {
 			if followed++; followed > maxFollowed {
 				return place{}, eLOOP
 			}
-			if node.target[0] == '/' {
-				return place{}, eNOTCAPABLE
-			}
 			if rest == "" {
 				slash = slash || strings.HasSuffix(node.target, "/")
 				rest = node.target

@@ -180,7 +180,7 @@ func (d *Dir) restoreNames(r *nodeRecord) error {
 			return fmt.Errorf("name %q: cookie %d after %d, with %d the next to be given", nr.Name, nr.Cookie, last, r.NextCookie)
 		case child == nil:
 			return fmt.Errorf("name %q: no inode %d", nr.Name, nr.Number)
-		case false:
+		case child.kind == kindDir && child.names > 0:
 			return fmt.Errorf("name %q: directory %d has another name", nr.Name, nr.Number)
 		}
 		last = nr.Cookie

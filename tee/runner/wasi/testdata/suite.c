@@ -639,8 +639,8 @@ static void poll_oneoff(void) {
     EQ(ev[i].error, want[i]);
   }
   // Sleeping: the shortest is due, an absolute time in the past is at once.
-  __wasi_subscription_t b[] = {on_clock(1, 1, 2000, 0), on_clock(2, 0, 1000, 0)};
-  OK(__wasi_poll_oneoff(b, ev, 2, &n));
+  __wasi_subscription_t b[] = {on_clock(1, 1, 2000, 0), on_clock(2, 0, 1000, 0), on_clock(3, 1, 3000, 0)};
+  OK(__wasi_poll_oneoff(b, ev, 3, &n));
   EQ(n == 1 && ev[0].userdata == 2 && ev[0].type == __WASI_EVENTTYPE_CLOCK && ev[0].error == 0, 1);
   OK(__wasi_clock_time_get(0, 0, &now));
   b[0] = on_clock(3, 0, now - 5, 1);

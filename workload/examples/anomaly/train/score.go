@@ -50,7 +50,9 @@ func load(dir string) (*dataset, error) {
 }
 
 func (d *dataset) readSeries(r io.Reader) error {
-	rows, err := csv.NewReader(r).ReadAll()
+	lines := csv.NewReader(r)
+	lines.FieldsPerRecord = 2
+	rows, err := lines.ReadAll()
 	if err != nil {
 		return err
 	}
@@ -75,11 +77,11 @@ func (d *dataset) readWindows(raw []byte) error {
 	}
 	at := make(map[string]int, len(d.times))
 	for i, t := range d.times {
-		at[t.Format(layout)] = i
+		at[t.Format(layout+".000000")] = i
 	}
 	for _, l := range labels["realKnownCause/"+seriesName+".csv"] {
-		first, ok := at[l[0][:len(layout)]]
-		last, ok2 := at[l[1][:len(layout)]]
+		first, ok := at[l[0]]
+		last, ok2 := at[l[1]]
 		if !ok || !ok2 || last <= first {
 			return fmt.Errorf("window %v is not in the series", l)
 		}

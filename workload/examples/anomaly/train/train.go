@@ -21,8 +21,8 @@ type options struct {
 }
 
 // chosen are the options of the model in the tree: one false alarm a year, were
-// the machine always as in the training week. The time constants were chosen by
-// someone who had seen the whole series: -score prints what others would give.
+// the machine always as in the training week. The time constants, and the method,
+// come from a search scored by the labels: -score prints what others would give.
 var chosen = options{order: 36, weeks: 4000, alarm: 0.98, level: 12 * 3600, baseline: 7 * 24 * 3600}
 
 // train makes a model of the first week of values. It fits an autoregression to

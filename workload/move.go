@@ -185,6 +185,9 @@ type Control struct {
 	Reason string `cbor:"14,keyasint,omitempty"`
 	// KeyID is the id of the session key (begin).
 	KeyID []byte `cbor:"15,keyasint,omitempty"`
+	// Nonce is the target's, 16 random bytes that begin and release are bound to, so
+	// that neither of another time is good for this one (accept).
+	Nonce []byte `cbor:"16,keyasint,omitempty"`
 }
 
 // Keys are the secrets of begin.
@@ -233,7 +236,8 @@ func PeekControl(kind int, msg []byte) (Control, error) {
 
 func (c Control) validate(kind int) error {
 	if c.Kind != kind || len(c.Attempt) != AttemptSize || !ValidInstance(c.Instance) || !nodeName.MatchString(c.From) || !nodeName.MatchString(c.To) ||
-		len(c.Head) != 0 && len(c.Head) != sha256.Size || len(c.Inputs) > maxStreams || len(c.Reason) > 512 {
+		len(c.Head) != 0 && len(c.Head) != sha256.Size || len(c.Inputs) > maxStreams || len(c.Reason) > 512 ||
+		(kind == KindAccept) != (len(c.Nonce) == AttemptSize) {
 		return errors.New("a field is missing or of the wrong size")
 	}
 	return nil

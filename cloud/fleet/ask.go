@@ -51,7 +51,7 @@ const (
 	asksAll      = 1024 // under way on a replica
 	asksEach     = 16   // of a gateway, beside those for records
 	waitsEach    = 48   // for records, which may wait long
-	maxReason    = 512 // bytes of an error that goes down
+	maxReason    = 512  // bytes of an error that goes down
 	answersLimit = mqtt.MaxPayload - 1024
 )
 

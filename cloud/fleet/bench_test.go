@@ -54,7 +54,7 @@ func runTests(m *testing.M) int {
 			panic(err)
 		}
 		signers[tenant] = map[string]*ecdsa.PrivateKey{}
-		for role, file := range map[string]string{"verifier": "keys/verifier.key", "fleet": "keys/fleet.key", "operator": "operator/operator.key"} {
+		for role, file := range map[string]string{"verifier": "keys/verifier.key", "fleet": "keys/fleet.key", "operator": "operator/operator.key", "owner": "owner/owner.key"} {
 			signers[tenant][role] = must(cloud.LoadSigningKey(filepath.Join(home, file))).(*ecdsa.PrivateKey)
 		}
 	}

@@ -18,7 +18,7 @@ import (
 
 const (
 	peerWorkers = 4
-	peerQueue   = 128       // messages of each worker that wait
+	peerQueue   = 256       // messages of each worker that wait: 30 MiB at most
 	maxPeerData = 120 << 10 // bytes
 	peerRate    = 256 << 20 // bytes a second of each sender
 	peerBurst   = 32 << 20

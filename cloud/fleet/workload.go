@@ -60,13 +60,13 @@ type (
 )
 
 const (
-	maxPage       = 700 << 10
-	recoverLife   = time.Hour // of the data owner's word
-	inferWait     = 25 * time.Second
-	inferTenant   = 32 // under way of each kind: fewer than Answer has places for
-	inferGateway  = 16
-	inferID       = 16
-	maxRouted     = mqtt.MaxPayload - 1024
+	maxPage      = 700 << 10
+	recoverLife  = time.Hour // of the data owner's word
+	inferWait    = 25 * time.Second
+	inferTenant  = 32 // under way of each kind: fewer than Answer has places for
+	inferGateway = 16
+	inferID      = 16
+	maxRouted    = mqtt.MaxPayload - 1024
 )
 
 var errTooMany = errors.New("too many requests are under way: try again in a moment")

@@ -59,6 +59,7 @@ type passage struct {
 	Line    uint64       `cbor:"6,keyasint"`
 	Sealed  []byte       `cbor:"7,keyasint,omitempty"` // the snapshot key, sealed to the target
 	Entry   []byte       `cbor:"8,keyasint,omitempty"` // the ledger's answer
+	Nonce   []byte       `cbor:"9,keyasint,omitempty"` // the target's
 }
 
 func (i instance) runs() bool { return i.Phase == phaseLive || i.Phase == phaseHolding }
@@ -232,7 +233,8 @@ func (k *Keep) stop(c message.Command, next *state) (effect func(), err error) {
 	case !ok:
 		return nil, fmt.Errorf("no instance %.32q is here", name)
 	case i.Phase == phaseHolding:
-		*next = k.withInstance(name, nil)
+		// The source may have asked the ledger already: dropped here, it would be lost.
+		return nil, fmt.Errorf("instance %s is moving here from %s, which alone can call that off", name, i.Move.Peer)
 	case i.Phase != phaseLive:
 		return nil, fmt.Errorf("instance %s moves away and cannot be stopped now", name)
 	default:

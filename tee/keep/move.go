@@ -63,7 +63,9 @@ type move struct {
 	began    time.Time
 	sent     time.Time
 	offer    workload.Control // target
+	nonce    []byte           // the target's
 	received []byte           // head that the target has, in its own word
+	empty    bool             // target: nothing of an earlier instance of this name is left
 }
 
 // startMove checks an operator's command to move an instance.
@@ -142,8 +144,10 @@ func (k *Keep) resend(name string) {
 		mv.sent = time.Now()
 		if mv.source {
 			k.resendSource(name, i, mv)
+		} else if mv.empty {
+			k.control(workload.KindAccept, name, mv.peer, workload.Control{Attempt: mv.attempt, Nonce: mv.nonce})
 		} else {
-			k.control(workload.KindAccept, name, mv.peer, workload.Control{Attempt: mv.attempt})
+			k.clear(name, mv)
 		}
 		return
 	}
@@ -166,6 +170,20 @@ func (k *Keep) resend(name string) {
 	}
 }
 
+// clear has the agent forget the log of an earlier instance of this name. The
+// target accepts when that is done: a log is empty when its state first knows of
+// the instance, whatever crashes then.
+func (k *Keep) clear(name string, mv *move) {
+	k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, func(d tee.JobDone) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if d.Error == "" && k.moves[name] == mv && !mv.empty {
+			mv.empty = true
+			k.resend(name)
+		}
+	})
+}
+
 func receiveID(key []byte) []byte {
 	pub, err := cose.UnmarshalHPKEKey(key)
 	if err != nil {
@@ -185,7 +203,7 @@ func (k *Keep) resendSource(name string, i instance, mv *move) {
 		var sealed []byte
 		if err == nil {
 			keys := cose.MustMarshal(workload.Keys{Bundle: i.BundleKey, Session: mv.session.Key})
-			sealed, err = workload.SealTo(workload.PurposeMove, moveContext(mv.attempt, mv.session.ID), keys, to)
+			sealed, err = workload.SealTo(workload.PurposeMove, moveContext(mv.attempt, mv.session.ID, mv.nonce), keys, to)
 		}
 		if err != nil {
 			k.giveUp(name, err)
@@ -195,7 +213,9 @@ func (k *Keep) resendSource(name string, i instance, mv *move) {
 	}
 }
 
-func moveContext(attempt, id []byte) []byte { return cose.MustMarshal([][]byte{attempt, id}) }
+func moveContext(attempt, id, nonce []byte) []byte {
+	return cose.MustMarshal([][]byte{attempt, id, nonce})
+}
 
 // giveUp ends a move that the state does not know of: nothing has happened.
 func (k *Keep) giveUp(name string, reason error) {
@@ -314,8 +334,11 @@ func (k *Keep) nextStep(name string, i instance) (next state, act func(), err er
 			k.giveUp(name, errors.New("the target received something else than was sent"))
 			return state{}, nil, nil
 		}
+		if final.Line > i.arrived() && !k.sealer.storedLine(name, final.Line) { // results in a spool would be lost with its disk
+			return state{}, nil, nil
+		}
 		i.Phase = phaseFrozen
-		i.Move = &passage{Attempt: mv.attempt, Peer: mv.peer, Receive: mv.receive, Final: mv.final, Head: final.Head, Line: final.Line}
+		i.Move = &passage{Attempt: mv.attempt, Peer: mv.peer, Receive: mv.receive, Final: mv.final, Head: final.Head, Line: final.Line, Nonce: mv.nonce}
 		return k.withInstance(name, &i), func() {
 			delete(k.moves, name)
 			k.resend(name)
@@ -344,6 +367,14 @@ func (k *Keep) nextStep(name string, i instance) (next state, act func(), err er
 	return state{}, nil, nil
 }
 
+// arrived is the number of the last result of the places before this one.
+func (i instance) arrived() uint64 {
+	if i.Move == nil {
+		return 0
+	}
+	return i.Move.Line
+}
+
 // afterClaim goes on from the ledger's answer to a frozen instance's claim.
 func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act func(), err error) {
 	e := a.entry
@@ -360,7 +391,7 @@ func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act fun
 		if err != nil {
 			return state{}, nil, err
 		}
-		sealed, err := workload.SealTo(workload.PurposeRelease, releaseContext(i.Move.Attempt, i.Move.Head), cose.MustMarshal(i.Move.Final), to)
+		sealed, err := workload.SealTo(workload.PurposeRelease, releaseContext(i.Move), cose.MustMarshal(i.Move.Final), to)
 		if err != nil {
 			return state{}, nil, err
 		}
@@ -380,8 +411,12 @@ func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act fun
 			k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: e.Epoch})
 		}, nil
 	}
-	// Another entry: someone else holds the instance by the owner's word. What is
-	// here is of no use any more, and must not run.
+	if e.Epoch <= i.Epoch { // an entry of an earlier epoch proves nothing: this one was granted after it
+		k.log.Error("the ledger has lost an entry that it gave", "instance", name, "epoch", e.Epoch, "here", i.Epoch)
+		return state{}, nil, nil
+	}
+	// Someone else holds the instance by the owner's word. What is here is of no use
+	// any more, and must not run.
 	return k.withInstance(name, nil), func() {
 		k.log.Error("the ledger gave the instance to another: what was here is dropped", "instance", name, "holder", e.Holder, "epoch", e.Epoch)
 		k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, nil)
@@ -396,7 +431,9 @@ func selfAttempt(attempt []byte) []byte {
 	return out
 }
 
-func releaseContext(attempt, head []byte) []byte { return cose.MustMarshal([][]byte{attempt, head}) }
+func releaseContext(p *passage) []byte {
+	return cose.MustMarshal([][]byte{p.Attempt, p.Head, p.Nonce})
+}
 
 // peer takes a message from another keep, or from the cloud's services.
 func (k *Keep) peer(r tee.Peer) (tee.Outcome, error) {
@@ -523,7 +560,9 @@ func (k *Keep) offered(c workload.Control) error {
 		k.refuse(c.Instance, c.From, c.Attempt, err)
 		return err
 	}
-	k.moves[c.Instance] = &move{attempt: c.Attempt, peer: c.From, offer: c, began: time.Now()}
+	if mv := k.moves[c.Instance]; mv == nil || !bytes.Equal(mv.attempt, c.Attempt) {
+		k.moves[c.Instance] = &move{attempt: c.Attempt, peer: c.From, offer: c, nonce: random(workload.AttemptSize), began: time.Now()}
+	}
 	k.resend(c.Instance)
 	return nil
 }
@@ -545,7 +584,8 @@ func (k *Keep) accepted(c workload.Control, v attest.Verdict) error {
 		k.giveUp(c.Instance, err)
 		return err
 	}
-	mv.receive, mv.session, mv.final, mv.stage = v.Keys[attest.PurposeReceive], newStateKey(), newStateKey(), workload.KindReady
+	mv.receive, mv.nonce, mv.stage = v.Keys[attest.PurposeReceive], c.Nonce, workload.KindReady
+	mv.session, mv.final = newStateKey(), newStateKey()
 	k.resend(c.Instance)
 	return nil
 }
@@ -556,10 +596,10 @@ func (k *Keep) begun(c workload.Control) (tee.Outcome, error) {
 		return tee.Outcome{}, nil
 	}
 	mv := k.moves[c.Instance]
-	if mv == nil || mv.source || !bytes.Equal(mv.attempt, c.Attempt) || mv.peer != c.From {
+	if mv == nil || mv.source || !mv.empty || !bytes.Equal(mv.attempt, c.Attempt) || mv.peer != c.From {
 		return tee.Outcome{}, errors.New("no such move is under way")
 	}
-	keys, err := k.openSealed(workload.PurposeMove, moveContext(c.Attempt, c.KeyID), c.Sealed)
+	keys, err := k.openSealed(workload.PurposeMove, moveContext(c.Attempt, c.KeyID, mv.nonce), c.Sealed)
 	if err != nil {
 		return tee.Outcome{}, err
 	}
@@ -569,12 +609,11 @@ func (k *Keep) begun(c workload.Control) (tee.Outcome, error) {
 	}
 	next := k.withInstance(c.Instance, &instance{
 		Phase: phaseHolding, Manifest: mv.offer.Manifest, BundleKey: secret.Bundle, Epoch: mv.offer.Epoch, Inputs: mv.offer.Inputs, Moves: mv.offer.Moves,
-		Keys: []tee.StateKey{{ID: c.KeyID, Key: secret.Session}}, Move: &passage{Attempt: c.Attempt, Peer: c.From},
+		Keys: []tee.StateKey{{ID: c.KeyID, Key: secret.Session}}, Move: &passage{Attempt: c.Attempt, Peer: c.From, Nonce: mv.nonce},
 	})
 	return k.step(next, func() (tee.Outcome, error) {
 		delete(k.moves, c.Instance)
 		k.workloads.forget(c.Instance)
-		k.workloads.do(c.Instance, tee.JobDrop, tee.DropLog{Instance: c.Instance}, nil)
 		k.adoptInstances()
 		k.resend(c.Instance)
 		return tee.Outcome{}, nil
@@ -631,7 +670,7 @@ func (k *Keep) released(c workload.Control) (tee.Outcome, error) {
 	if !bytes.Equal(head, e.Head) {
 		return tee.Outcome{}, errors.New("what came is not what the ledger says: waiting for the rest")
 	}
-	secret, err := k.openSealed(workload.PurposeRelease, releaseContext(c.Attempt, c.Head), c.Sealed)
+	secret, err := k.openSealed(workload.PurposeRelease, releaseContext(&passage{Attempt: c.Attempt, Head: c.Head, Nonce: i.Move.Nonce}), c.Sealed)
 	if err != nil {
 		return tee.Outcome{}, err
 	}

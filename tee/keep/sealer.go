@@ -78,6 +78,14 @@ type source struct {
 	seen      time.Time
 	conns     map[*ingestConn]struct{}
 	acked     func(sealing.Cursor) // for a workload's results, told when committed has moved; must not block
+	marks     []mark               // of a workload's results: where lines are, beyond the watermark
+	stored    uint64               // newest line that the cloud has
+}
+
+// mark says that the records of this epoch up to seq hold the lines up to line.
+type mark struct {
+	epoch     sealing.Epoch
+	seq, line uint64
 }
 
 func newSealer(cfg Config, key *ecdsa.PrivateKey) *sealer {
@@ -101,6 +109,7 @@ func (s *sealer) addStream(name string, acked func(sealing.Cursor)) {
 	src := s.named(name)
 	if src == nil {
 		src = newSource(SourceConfig{Name: name})
+		src.acked = acked
 		s.all = append(s.all, src)
 		if s.subject != "" {
 			s.push(src)
@@ -363,6 +372,9 @@ func (s *sealer) push(src *source) {
 		source: src, cursor: src.cursor,
 	})
 	s.queued += len(data)
+	if src.acked != nil {
+		src.marks = append(src.marks, mark{s.epoch, src.seq - 1, src.cursor.Line})
+	}
 	src.inflight++
 	src.stats.Readings += uint64(src.pack.Readings())
 	src.pack, src.oldest = sealing.Pack{}, time.Time{}
@@ -488,6 +500,36 @@ func (s *sealer) position(name string) sealing.Before {
 		return src.last.Before
 	}
 	return sealing.Before{}
+}
+
+// watermark notes what the cloud has stored of a stream.
+func (s *sealer) watermark(w sealing.Checkpoint) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	src := s.named(w.Stream)
+	if src == nil {
+		return
+	}
+	for len(src.marks) > 0 {
+		m := src.marks[0]
+		if m.epoch.Counter() > w.Epoch.Counter() || m.epoch == w.Epoch && m.seq > w.Seq {
+			return
+		}
+		src.stored, src.marks = max(src.stored, m.line), src.marks[1:]
+	}
+}
+
+// storedLine reports whether the cloud has a workload's results up to a line. What
+// waits is sealed at once.
+func (s *sealer) storedLine(name string, line uint64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	src := s.named(name)
+	if src == nil || src.stored >= line {
+		return src != nil
+	}
+	s.flush(src)
+	return false
 }
 
 // line is the newest numbered line of a stream, durable or about to be.

@@ -334,6 +334,10 @@ func (k *Keep) noteWatermark(msg []byte) (sealing.Checkpoint, error) {
 	if now := k.st.Epoch; w.Epoch.Counter() > now.Counter() || w.Epoch.Counter() == now.Counter() && w.Epoch != now {
 		return w, fmt.Errorf("the watermark is of epoch %s, which this keep never opened", w.Epoch)
 	}
+	k.sealer.watermark(w)
+	if len(k.moves) > 0 {
+		k.workloads.advanceSoon()
+	}
 	at := end{Before: sealing.Before{Epoch: w.Epoch, Count: w.Seq + 1}}
 	if tail, ok := k.tails[w.Stream]; ok && at.covers(tail) {
 		delete(k.tails, w.Stream)

@@ -56,7 +56,7 @@ var allowed = map[string]string{
 	"agent":           "tee tee/message mqtt internal/cose internal/durable",
 	"cloud":           "mqtt tee/attest tee/tpm internal/cose internal/durable",
 	"cloud/verifier":  "cloud mqtt tee/attest tee/tpm",
-	"cloud/keybroker": "cloud sealing tee/attest tee/message internal/cose",
+	"cloud/keybroker": "cloud sealing tee/attest tee/message workload internal/cose",
 	// The fleet speaks the other roles' request formats, and stores what the key
 	// broker reads: see docs/rationale.md.
 	"cloud/fleet":  "cloud cloud/verifier cloud/keybroker mqtt sealing tee/attest tee/message tee/tpm workload internal/cose",

@@ -79,11 +79,11 @@ func (u *uploads) collect(ctx context.Context, path string, r tee.PutPart) (done
 	if _, err := f.Write(r.Data); err != nil || !r.Last {
 		return done, err
 	}
-	return u.send(ctx, f, size)
+	return u.send(ctx, r.Instance, f, size)
 }
 
 // send brings the cloud a blob: the list, then what it says it does not have.
-func (u *uploads) send(ctx context.Context, f io.ReaderAt, size int64) (done tee.PutDone, err error) {
+func (u *uploads) send(ctx context.Context, instance string, f io.ReaderAt, size int64) (done tee.PutDone, err error) {
 	if size == 0 {
 		return done, errors.New("it is empty")
 	}
@@ -105,7 +105,7 @@ func (u *uploads) send(ctx context.Context, f io.ReaderAt, size int64) (done tee
 	}
 	done.ID = message.BlobID(list)
 	n := len(list) / sha256.Size
-	next, err := u.ship(ctx, message.PutBlob{ID: done.ID, Block: -1, Data: list}, n)
+	next, err := u.ship(ctx, message.PutBlob{ID: done.ID, Block: -1, Data: list, Instance: instance}, n)
 	for err == nil && next < n {
 		at := next
 		var b []byte

@@ -40,8 +40,8 @@ type Bus struct {
 	NC *nats.Conn
 	JS jetstream.JetStream
 
-	Rec, Fork, Evidence, Findings, Blob                                    jetstream.Stream
-	EKs, Gateways, Latest, Hellos, Commands, Verdicts, Keys, Ledger, Blobs jetstream.KeyValue
+	Rec, Fork, Evidence, Findings, Blob                                               jetstream.Stream
+	EKs, Gateways, Latest, Hellos, Commands, Verdicts, Keys, Ledger, Blobs, Snapshots jetstream.KeyValue
 }
 
 // Open makes sure that streams and buckets are there. replicas is 1 for one
@@ -85,6 +85,7 @@ func Open(ctx context.Context, nc *nats.Conn, replicas int) (*Bus, error) {
 		{&b.Verdicts, "verdicts", time.Hour},
 		{&b.Keys, "keys", 0},
 		{&b.Ledger, "ledger", 0},
+		{&b.Snapshots, "snapshots", 0},
 		{&b.Blobs, "blobs", 0},
 	} {
 		if *k.to, err = js.CreateOrUpdateKeyValue(ctx, jetstream.KeyValueConfig{

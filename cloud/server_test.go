@@ -31,6 +31,8 @@ func TestGatewayPublishesOnItsOwnTopicsOnly(t *testing.T) {
 	all := listen(t, ">")
 	for _, topic := range []string{
 		"ek1/acme/pub2/up/sealed", "ek1/globex/pub1/up/sealed", "ek1/acme/pub1/down/item", "ek1/acme/pub2/down/item",
+		"ek1/acme/pub2/up/ask", "ek1/acme/pub2/up/peer", "ek1/globex/pub1/up/ask", "ek1/acme/pub1/down/answer", "ek1/acme/pub1/down/peer", "ek1/acme/pub2/down/peer",
+		"ek1/acme/pub1/up/blob", "ek1/acme/pub1/up/enrol", "blob/acme/id/0", "svc/key", "reply/acme/pub1/id", "$KV/ledger/acme/i",
 		"ek1/boot/" + strings.Repeat("0", 64) + "/up/enrol", "ek1/acme/pub1/up", "ek1/acme/pub1/up/sealed/more", "ek1/acme/pub1",
 		"rec/acme/pub1/s", "find/acme/pub1", "svc/challenge", "svc/appraise", "api/acme/gateway/ls", "verdict/acme/pub1",
 		"$KV/gateways/acme/pub1", "$JS/API/STREAM/INFO/REC", "$SYS/REQ/USER/AUTH", "_INBOX/x", "ek2/acme/pub1/up/sealed", "x",
@@ -49,6 +51,19 @@ func TestGatewayPublishesOnItsOwnTopicsOnly(t *testing.T) {
 		}
 		if m.Subject == "ek1.acme.pub1.up.sealed" {
 			return // what was sent before on the same connection would have come before
+		}
+	}
+}
+
+func TestGatewayPublishesEveryKind(t *testing.T) {
+	c, _ := dialGateway(t, "kinds")
+	for _, kind := range []string{"hello", "evidence", "sealed", "result", "pull", "ask", "peer"} {
+		sub := listen(t, "ek1.acme.kinds.up."+kind)
+		if err := c.Publish("ek1/acme/kinds/up/"+kind, []byte(kind)); err != nil {
+			t.Fatal(err)
+		}
+		if m := nextMessage(t, sub); string(m.Data) != kind {
+			t.Errorf("%s arrived as %q", kind, m.Data)
 		}
 	}
 }
@@ -267,13 +282,13 @@ func TestWhoMayAskWhat(t *testing.T) {
 	}{
 		{
 			cloud.RoleOperator, "t1/op",
-			[]string{"api.t1.gateway.ls", "api.t1.command.send", "api.t1.data.key", "api.t1.evidence"},
-			[]string{"api.t2.gateway.ls", "api.t2.data.key", "api.t1", "svc.challenge", "svc.appraise", "ek1.t1.gw1.up.sealed", "ek1.t1.gw1.down.item", "rec.t1.gw1.s", "$KV.gateways.t1.gw1", "$JS.API.INFO", "$JS.API.STREAM.PURGE.REC", "$SYS.REQ.USER.AUTH", "_INBOX.x"},
+			[]string{"api.t1.gateway.ls", "api.t1.command.send", "api.t1.data.key", "api.t1.evidence", "api.t1.workload.recover", "api.t1.blob.put"},
+			[]string{"svc.key", "api.t2.workload.stop", "api.t2.blob.put", "blob.t1.x.0", "$KV.ledger.t1.i", "reply.t1.gw1.x", "ek1.t1.gw1.up.ask", "ek1.t1.gw1.down.peer", "api.t2.gateway.ls", "api.t2.data.key", "api.t1", "svc.challenge", "svc.appraise", "ek1.t1.gw1.up.sealed", "ek1.t1.gw1.down.item", "rec.t1.gw1.s", "$KV.gateways.t1.gw1", "$JS.API.INFO", "$JS.API.STREAM.PURGE.REC", "$SYS.REQ.USER.AUTH", "_INBOX.x"},
 		},
 		{
 			cloud.RoleConsumer, "t1/co",
-			[]string{"api.t1.data.key", "api.t1.data.fetch"},
-			[]string{"api.t1.gateway.ls", "api.t1.gateway.approve", "api.t1.gateway.revoke", "api.t1.gateway.attest", "api.t1.command.send", "api.t1.command.next", "api.t1.evidence", "api.t1.data", "api.t2.data.key", "api.t2.gateway.ls"},
+			[]string{"api.t1.data.key", "api.t1.data.fetch", "api.t1.data.infer", "api.t1.data.attest", "api.t1.data.ledger"},
+			[]string{"api.t1.workload.ls", "api.t1.workload.stop", "api.t1.workload.recover", "api.t1.blob.put", "api.t1.blob.rm", "api.t2.data.infer", "api.t1.gateway.ls", "api.t1.gateway.approve", "api.t1.gateway.revoke", "api.t1.gateway.attest", "api.t1.command.send", "api.t1.command.next", "api.t1.evidence", "api.t1.data", "api.t2.data.key", "api.t2.gateway.ls"},
 		},
 	}
 	for _, x := range tests {

@@ -59,6 +59,9 @@ type Assign struct {
 	// Newest is the head of the newest state that a runner of this keep committed;
 	// empty if none did since the keep started. Older state is refused.
 	Newest []byte `cbor:"9,keyasint,omitempty"`
+	// Recover is the head of the checkpoint that an instance without a log goes on
+	// from; empty: it begins afresh.
+	Recover []byte `cbor:"10,keyasint,omitempty"`
 }
 
 // StateKey is a key under which parts of the instance's log are sealed, and its
@@ -160,6 +163,11 @@ const (
 	JobAck     = "ack"     // FrameAck: to the other runner
 	JobPut     = "put"     // PutPart: part of a checkpoint for the cloud
 
+	// Jobs that the keep does itself.
+	JobCheckpoint = "checkpoint" // nothing -> CheckpointKey
+	JobSnapshot   = "snapshot"   // Snapshot: the checkpoint is in the cloud
+	JobRecover    = "recover"    // nothing -> Recovered
+
 	// From the keep to the agent only.
 	JobDrop    = "drop"    // DropLog
 	JobPeer    = "peer"    // message.Routed, published on "up/peer"
@@ -238,6 +246,27 @@ type PutPart struct {
 	Instance string `cbor:"1,keyasint"`
 	Data     []byte `cbor:"2,keyasint"`
 	Last     bool   `cbor:"3,keyasint"`
+}
+
+// CheckpointKey is the key of one checkpoint, also sealed to the data owner.
+type CheckpointKey struct {
+	Key    StateKey `cbor:"1,keyasint"`
+	Sealed []byte   `cbor:"2,keyasint"`
+}
+
+// Snapshot says that a checkpoint is in the cloud.
+type Snapshot struct {
+	Blob   []byte `cbor:"1,keyasint"`
+	Head   []byte `cbor:"2,keyasint"`
+	Line   uint64 `cbor:"3,keyasint"`
+	KeyID  []byte `cbor:"4,keyasint"`
+	Sealed []byte `cbor:"5,keyasint"`
+}
+
+// Recovered is the checkpoint from which the instance goes on, and its key.
+type Recovered struct {
+	Blob []byte   `cbor:"1,keyasint"`
+	Key  StateKey `cbor:"2,keyasint"`
 }
 
 // PutDone answers the last PutPart when the cloud has the blob.

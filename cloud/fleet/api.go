@@ -95,6 +95,7 @@ func (f *Fleet) answers(ctx context.Context) error {
 		cloud.Answer(ctx, f.Bus, "api.*.workload.ls", "fleet", f.instances),
 		cloud.Answer(ctx, f.Bus, "api.*.workload.stop", "fleet", f.stopLost),
 		cloud.Answer(ctx, f.Bus, "api.*.workload.recover", "fleet", f.recover),
+		cloud.Answer(ctx, f.Bus, "api.*.workload.snapshots", "fleet", f.snapshots),
 		cloud.Answer(ctx, f.Bus, "api.*.blob.put", "fleet", f.putByOperator),
 		cloud.Answer(ctx, f.Bus, "api.*.blob.get", "fleet", f.getBlob),
 		cloud.Answer(ctx, f.Bus, "api.*.blob.ls", "fleet", f.listBlobs),

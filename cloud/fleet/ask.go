@@ -151,6 +151,12 @@ func (a *asking) answerTo(ctx context.Context, t mqtt.Topic, q message.Ask) (bod
 			msg, err := a.claim(ctx, t, r.Message)
 			return message.Signed{Message: msg}, err
 		})
+	case message.AskEntry:
+		return reply(q, func(r message.AskedEntry) (message.Signed, error) { return a.entry(ctx, t, r) })
+	case message.AskSnapshot:
+		return reply(q, func(r message.Signed) (None, error) { return None{}, a.snapshot(ctx, t, r.Message) })
+	case message.AskRecovery:
+		return reply(q, func(r message.AskedRecovery) (message.Signed, error) { return a.recovery(ctx, t, r) })
 	case message.AskReply:
 		return reply(q, func(r message.Reply) (None, error) { return None{}, a.reply(t, r) })
 	}

@@ -67,6 +67,9 @@ func (b *Broker) Run(ctx context.Context) error {
 	if err := cloud.Answer(ctx, b.Bus, "svc.key", "keybroker", b.answerGateway); err != nil {
 		return err
 	}
+	if err := cloud.Answer(ctx, b.Bus, "svc.recovery", "keybroker", b.recovery); err != nil {
+		return err
+	}
 	<-ctx.Done()
 	return ctx.Err()
 }

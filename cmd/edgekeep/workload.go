@@ -22,7 +22,7 @@ import (
 func (a *app) workloadCommand() *cobra.Command {
 	c := &cobra.Command{Use: "workload", Short: "Pack, deploy, watch, move and stop confidential workloads"}
 	c.AddCommand(a.workloadPack(), a.workloadDeploy(), a.workloadLs(), a.workloadInspect(), a.workloadLogs(), a.workloadResults(),
-		a.workloadMove(), a.workloadStop())
+		a.workloadMove(), a.workloadRecover(), a.workloadStop())
 	return c
 }
 

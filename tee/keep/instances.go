@@ -45,7 +45,10 @@ type instance struct {
 	Move      *passage          `cbor:"8,keyasint,omitempty"`
 	// Starts are where streams of this gateway stood when the instance was deployed.
 	Starts map[string]sealing.Before `cbor:"9,keyasint,omitempty"`
-	Line   uint64                    `cbor:"10,keyasint,omitempty"` // the last result of the epochs before
+	// Recover is the head of the checkpoint that it goes on from, by the data owner's
+	// word.
+	Recover []byte `cbor:"10,keyasint,omitempty"`
+	Line    uint64 `cbor:"11,keyasint,omitempty"` // the last result of the epochs before
 }
 
 // passage is a move that the state knows of. In phaseLive it is the one that
@@ -159,6 +162,14 @@ func (k *Keep) deploy(c message.Command, item message.Item, next *state) (effect
 		k.workloads.do(d.Instance, tee.JobDrop, tee.DropLog{Instance: d.Instance}, nil) // of an earlier one of that name
 		k.adoptInstances()
 	}, nil
+}
+
+// recoverFrom is the head of the checkpoint that the data owner's word names.
+func recoverFrom(e workload.Entry) []byte {
+	if e.Owner {
+		return e.Head
+	}
+	return nil
 }
 
 // mayRun says why an instance may not run here, or nil.

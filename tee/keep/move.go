@@ -47,7 +47,8 @@ import (
 const (
 	movePatience = 60 * time.Second // before the freeze
 	repeatAfter  = time.Second
-	maxRefusals  = 5 // of a claim, until the source takes the instance back
+	askAfter     = time.Minute // whether a live instance is still ours
+	maxRefusals  = 5           // of a claim, until the source takes the instance back
 )
 
 // move is a move that the state does not know of yet: it is given up when
@@ -65,6 +66,7 @@ type move struct {
 	offer    workload.Control // target
 	nonce    []byte           // the target's
 	received []byte           // head that the target has, in its own word
+	runner   *runner          // source: who sends
 	empty    bool             // target: nothing of an earlier instance of this name is left
 }
 
@@ -122,11 +124,17 @@ func (k *Keep) resendAll() {
 		mv := k.moves[name]
 		if time.Since(mv.began) > movePatience {
 			k.giveUp(name, fmt.Errorf("%s did not answer in %s", mv.peer, movePatience))
+		} else if mv.source && mv.stage == workload.KindReceived && !k.workloads.has(name, mv.runner) {
+			k.giveUp(name, errors.New("the runner that sent the state ended"))
 		} else if time.Since(mv.sent) >= repeatAfter {
 			k.resend(name)
 		}
 	}
 	for name, i := range k.st.Instances {
+		if i.Phase == phaseLive && time.Since(k.repeated[name]) >= askAfter {
+			k.repeated[name] = time.Now()
+			k.stillHeld(name)
+		}
 		if k.moves[name] == nil && i.Phase != phaseLive && time.Since(k.repeated[name]) >= repeatAfter {
 			k.resend(name)
 			k.workloads.advanceSoon()
@@ -325,6 +333,10 @@ func (k *Keep) nextStep(name string, i instance) (next state, act func(), err er
 	answered = answered && answer.from == i.Epoch
 	switch i.Phase {
 	case phaseLive:
+		if answered && answer.refused == "" && answer.entry.Epoch > i.Epoch {
+			delete(k.ledger, name)
+			return k.fenced(name, answer.entry)
+		}
 		mv := k.moves[name]
 		final := k.workloads.final(name)
 		if mv == nil || !mv.source || final == nil || mv.received == nil {
@@ -365,6 +377,39 @@ func (k *Keep) nextStep(name string, i instance) (next state, act func(), err er
 		return k.withInstance(name, nil), func() {}, nil
 	}
 	return state{}, nil, nil
+}
+
+// stillHeld asks the ledger whether a live instance is still this keep's: the data
+// owner may have let it go on elsewhere while this box was away.
+func (k *Keep) stillHeld(name string) {
+	nonce := random(message.NonceSize)
+	q := tee.Question{Kind: message.AskEntry, Body: cose.MustMarshal(message.AskedEntry{Instance: name, Nonce: nonce})}
+	k.workloads.do("", tee.JobAsk, q, func(d tee.JobDone) {
+		var s message.Signed
+		if d.Error != "" || cose.Unmarshal(d.Body, &s) != nil {
+			return
+		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		e, err := workload.VerifyEntry(k.roots.Fleet, s.Message)
+		if err != nil || e.Instance != name || !e.Answers(nonce) {
+			k.log.Warn("an answer that is not the ledger's", "instance", name, "err", err)
+			return
+		}
+		if i, ok := k.st.Instances[name]; ok && i.Phase == phaseLive && e.Epoch > i.Epoch {
+			k.ledger[name] = heard{from: i.Epoch, entry: e}
+			k.workloads.advanceSoon()
+		}
+	})
+}
+
+// fenced is the step that drops an instance which another holds by now.
+func (k *Keep) fenced(name string, e workload.Entry) (next state, act func(), err error) {
+	return k.withInstance(name, nil), func() {
+		delete(k.moves, name)
+		k.log.Error("the ledger gave the instance to another: what was here is dropped", "instance", name, "holder", e.Holder, "epoch", e.Epoch)
+		k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, nil)
+	}, nil
 }
 
 // arrived is the number of the last result of the places before this one.
@@ -417,10 +462,7 @@ func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act fun
 	}
 	// Someone else holds the instance by the owner's word. What is here is of no use
 	// any more, and must not run.
-	return k.withInstance(name, nil), func() {
-		k.log.Error("the ledger gave the instance to another: what was here is dropped", "instance", name, "holder", e.Holder, "epoch", e.Epoch)
-		k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, nil)
-	}, nil
+	return k.fenced(name, e)
 }
 
 func selfAttempt(attempt []byte) []byte {
@@ -597,7 +639,9 @@ func (k *Keep) begun(c workload.Control) (tee.Outcome, error) {
 	}
 	mv := k.moves[c.Instance]
 	if mv == nil || mv.source || !mv.empty || !bytes.Equal(mv.attempt, c.Attempt) || mv.peer != c.From {
-		return tee.Outcome{}, errors.New("no such move is under way")
+		err := errors.New("no such move is under way") // this keep was started again, perhaps
+		k.refuse(c.Instance, c.From, c.Attempt, err)
+		return tee.Outcome{}, err
 	}
 	keys, err := k.openSealed(workload.PurposeMove, moveContext(c.Attempt, c.KeyID, mv.nonce), c.Sealed)
 	if err != nil {
@@ -637,7 +681,7 @@ func (k *Keep) ready(c workload.Control) error {
 	}
 	mv.stage, mv.began = workload.KindReceived, time.Now()
 	k.workloads.setRoute(c.Instance, route{mv.peer, mv.attempt})
-	k.workloads.tell(c.Instance, tee.KindSend, tee.Send{Attempt: mv.attempt, Session: mv.session, Final: mv.final})
+	mv.runner = k.workloads.tell(c.Instance, tee.KindSend, tee.Send{Attempt: mv.attempt, Session: mv.session, Final: mv.final})
 	return nil
 }
 
@@ -781,12 +825,25 @@ func (w *workloads) setRoute(name string, to route) {
 	}
 }
 
-func (w *workloads) tell(name string, kind int, body any) {
+// tell sends an instance's runner a message, and returns the runner; nil if there
+// is none.
+func (w *workloads) tell(name string, kind int, body any) *runner {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if st := w.run[name]; st != nil && st.runner != nil {
-		w.send(st.runner, kind, body, 4096)
+	st := w.run[name]
+	if st == nil || st.runner == nil {
+		return nil
 	}
+	w.send(st.runner, kind, body, 4096)
+	return st.runner
+}
+
+// has reports whether an instance still has this runner.
+func (w *workloads) has(name string, r *runner) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	st := w.run[name]
+	return r != nil && st != nil && st.runner == r
 }
 
 func (w *workloads) final(name string) *tee.Final {

@@ -59,6 +59,7 @@ type running struct {
 	report   tee.Report
 	newest   []byte         // head of the newest state that was committed here
 	acked    sealing.Cursor // newest result that is durable
+	recover  []byte         // blob that it goes on from
 	starts   int            // in a row that did not last
 	after    time.Time
 	began    time.Time
@@ -303,7 +304,7 @@ func (w *workloads) assign() {
 func (w *workloads) assignment(name string, spec instance, st *running) tee.Assign {
 	a := tee.Assign{
 		Instance: name, Epoch: spec.Epoch, Manifest: spec.Manifest, BundleKey: spec.BundleKey,
-		Keys: spec.Keys, Receive: spec.Phase == phaseHolding, Newest: st.newest,
+		Keys: spec.Keys, Receive: spec.Phase == phaseHolding, Newest: st.newest, Recover: spec.Recover,
 	}
 	a.Line = spec.Line
 	if st.acked.Session == session(name, spec.Epoch) {
@@ -521,7 +522,7 @@ func (w *workloads) runnerJob(r *runner, name string, j tee.Job) error {
 		err = taken(j.Body, func(b tee.PutPart) error { return own(b.Instance, name) })
 	case tee.JobBlob:
 		err = taken(j.Body, func(b tee.ReadBlob) error {
-			if m, err := workload.PeekManifest(spec.Manifest); err != nil || string(m.Content) != string(b.ID) {
+			if m, err := workload.PeekManifest(spec.Manifest); err != nil || string(m.Content) != string(b.ID) && !w.recovers(name, b.ID) {
 				return fmt.Errorf("%w: a blob that is not its own", errRunner)
 			}
 			return nil
@@ -535,6 +536,14 @@ func (w *workloads) runnerJob(r *runner, name string, j tee.Job) error {
 		})
 	case tee.JobKey:
 		return taken(j.Body, func(b tee.WantKey) error { return w.wantKey(r, name, spec, j.ID, b) })
+	case tee.JobCheckpoint:
+		go w.checkpointKey(r, name, j.ID) // HPKE takes its time
+		return nil
+	case tee.JobSnapshot:
+		return taken(j.Body, func(b tee.Snapshot) error { go w.snapshot(r, name, spec, j.ID, b); return nil })
+	case tee.JobRecover:
+		go w.recover(r, name, spec, j.ID)
+		return nil
 	case tee.JobFrame:
 		return taken(j.Body, func(b tee.Frame) error { return w.relay(name, workload.KindFrame, b.N, b.Data) })
 	case tee.JobAck:

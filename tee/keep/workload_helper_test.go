@@ -58,6 +58,9 @@ type fabric struct {
 	shuffle bool
 	crash   func(n *node, at string) bool
 
+	agentOnly bool // only the agent dies in a crash
+	drop      func(packet) bool
+
 	mu    sync.Mutex        // protects what follows, which runners touch
 	lived map[string]string // instance#epoch -> gateway
 	value map[string]uint64 // by gateway: what its live runner holds
@@ -152,10 +155,13 @@ func (n *node) down() {
 	k.mu.Unlock()
 }
 
-// restart boots from what is stored, with runners and a verdict.
+// restart boots from what is stored, with runners and a verdict; or only the agent
+// comes back, to the keep that runs.
 func (n *node) restart(runners int) {
 	n.t.Helper()
-	n.boot()
+	if !n.f.agentOnly {
+		n.boot()
+	}
 	must(n.gateway.settle(n.start()))(n.t)
 	n.vouch(nil)
 	n.staff = runners
@@ -254,15 +260,18 @@ var errCrash = errors.New("crash")
 // commits makes states durable, and may die around it.
 func (n *node) commits(out tee.Outcome, err error) error {
 	for err == nil && len(out.Commit) > 0 {
-		if n.f.crash(n, "before a state is stored") {
+		n.keep.mu.Lock()
+		phase := phaseNames[n.keep.pending.next.Instances["i"].Phase]
+		n.keep.mu.Unlock()
+		if n.f.crash(n, "before storing: "+phase) {
 			return errCrash
 		}
 		n.state = out.Commit
-		if n.f.crash(n, "after a state is stored") {
+		if n.f.crash(n, "after storing: "+phase) {
 			return errCrash
 		}
 		out, err = n.commit()
-		if n.f.crash(n, "after a commit") {
+		if n.f.crash(n, "after committing: "+phase) {
 			return errCrash
 		}
 	}
@@ -326,6 +335,9 @@ func (n *node) do(j tee.InstanceJob) (any, error) {
 
 func (f *fabric) publish(p packet) {
 	f.sent = append(f.sent, p)
+	if f.drop != nil && f.drop(p) {
+		return
+	}
 	if f.rng.Float64() >= f.lose {
 		f.wire = append(f.wire, p)
 	}
@@ -340,6 +352,9 @@ func (f *fabric) asked(n *node, q tee.Question) (any, error) {
 	case message.AskLedger:
 		s := must(tee.Body[message.Signed](q.Body))(f.t)
 		return f.claim(n, s.Message)
+	case message.AskEntry:
+		b := must(tee.Body[message.AskedEntry](q.Body))(f.t)
+		return message.Signed{Message: must(f.ledger[b.Instance].Sign(f.cloud.fleet, b.Nonce))(f.t)}, nil
 	case message.AskReply:
 		f.replies = append(f.replies, must(tee.Body[message.Reply](q.Body))(f.t))
 		return nil, nil
@@ -386,10 +401,7 @@ func (f *fabric) deliverOne() bool {
 	if n == nil || n.keep == nil {
 		return true
 	}
-	kind := 0
-	if e, err := workload.Unwrap(p.data); err == nil {
-		kind = e.Kind
-	}
+	kind := p.kind()
 	if f.crash(n, fmt.Sprintf("before message %d", kind)) {
 		n.restart(2)
 		return true
@@ -400,13 +412,18 @@ func (f *fabric) deliverOne() bool {
 	return true
 }
 
+// kind is that of a routed message.
+func (p packet) kind() int {
+	e, err := workload.Unwrap(p.data)
+	if err != nil {
+		return 0
+	}
+	return e.Kind
+}
+
 // hand gives a node a message, and takes its steps.
 func (n *node) hand(p packet) error {
-	out, err := tee.Peer{From: p.from, Data: p.data}.Do(n.ctx(), n)
-	if err != nil && os.Getenv("DBG") != "" {
-		n.t.Log(n.name, err)
-	}
-	return n.commits(out, err)
+	return n.commits(tee.Peer{From: p.from, Data: p.data}.Do(n.ctx(), n))
 }
 
 // round lets everybody do what there is to do, and lets time pass that the keeps

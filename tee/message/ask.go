@@ -18,6 +18,10 @@ const (
 	AskPut     = "put"     // PutBlob -> Have
 	AskLedger  = "ledger"  // Signed (a claim, package workload) -> Signed (an entry)
 	AskReply   = "reply"   // Reply -> nothing
+
+	AskEntry    = "entry"    // AskedEntry -> Signed (an entry)
+	AskSnapshot = "snapshot" // Signed (a snapshot, package workload) -> nothing
+	AskRecovery = "recovery" // AskedRecovery -> Signed (a recovery, package workload)
 )
 
 // AskID is the size of a question's id, in bytes.
@@ -113,6 +117,20 @@ type Signed struct {
 type Reply struct {
 	ID   []byte `cbor:"1,keyasint"`
 	Data []byte `cbor:"2,keyasint"`
+}
+
+// AskedEntry asks what the ledger says of an instance. The answer is signed over
+// the SHA-256 of Nonce, 32 random bytes.
+type AskedEntry struct {
+	Instance string `cbor:"1,keyasint"`
+	Nonce    []byte `cbor:"2,keyasint"`
+}
+
+// AskedRecovery asks for the key of the checkpoint from which the data owner lets
+// an instance go on at the asking gateway.
+type AskedRecovery struct {
+	Instance string `cbor:"1,keyasint"`
+	Verdict  []byte `cbor:"2,keyasint"` // the asking gateway's own
 }
 
 // Bounds of blobs.

@@ -258,7 +258,10 @@ func (s *session) save(ctx context.Context, full bool) error {
 	s.dirty, s.committed = false, time.Now()
 	s.report.Newest = s.sealer.Head()
 	s.sendReport()
-	return s.release()
+	if err := s.release(); err != nil {
+		return err
+	}
+	return s.checkpoint(ctx)
 }
 
 // release lets out what a commit has made final.
@@ -341,6 +344,9 @@ func (s *session) load(ctx context.Context) error {
 	if l.delta == nil {
 		if len(s.assign.Newest) > 0 {
 			return errors.New("the instance's log is gone: it is not begun again from nothing")
+		}
+		if len(s.assign.Recover) > 0 {
+			return s.recover(ctx)
 		}
 		return s.fresh(ctx)
 	}

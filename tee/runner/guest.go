@@ -11,6 +11,8 @@ import (
 	"math/bits"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/tetratelabs/wazero"
 	"github.com/tetratelabs/wazero/api"
@@ -97,9 +99,10 @@ type Guest struct {
 	module api.Module // of a reactor
 	tracked
 	protection string
-	files      map[wasi.PageID][]byte // of a restore that is under way
+	untouched  bool // the reactor's instance was made, and nothing of it has run
 	lines      []string
 	dropped    int
+	partial    []byte // the beginning of a line
 	deadline   time.Time // of the batch at hand, for a guest that sleeps
 }
 
@@ -127,6 +130,7 @@ func (h *Host) Load(ctx context.Context, m workload.Manifest, module []byte, mod
 	}
 	g.runtime = wazero.NewRuntimeWithConfig(ctx, cfg.WithMemoryLimitPages(uint32(m.Limits.Memory>>16)).WithDebugInfoEnabled(false))
 	if g.compiled, err = g.runtime.CompileModule(ctx, rewritten); err != nil {
+		g.Close(ctx)
 		return nil, &RefusedError{err.Error()}
 	}
 	return g, nil
@@ -198,6 +202,7 @@ func (g *Guest) Start(ctx context.Context) error {
 	if err := g.instantiate(ctx); err != nil {
 		return err
 	}
+	g.untouched = false
 	if !g.info.Initialize {
 		return nil
 	}
@@ -223,6 +228,7 @@ func (g *Guest) instantiate(ctx context.Context) error {
 	var err error
 	g.module, err = g.newModule(ctx, g.memory)
 	g.protection = g.memory.Protection()
+	g.untouched = err == nil
 	return err
 }
 
@@ -294,6 +300,9 @@ func (g *Guest) call(ctx context.Context, in []byte) ([]byte, error) {
 		if err != nil {
 			return err
 		}
+		if uint32(p[0]) == 0 && len(in) > 0 {
+			return fmt.Errorf("edgekeep_alloc has no room for a batch of %d bytes", len(in))
+		}
 		if !mem.Write(uint32(p[0]), in) {
 			return errors.New("edgekeep_alloc returned a place outside of its memory")
 		}
@@ -324,7 +333,7 @@ func (g *Guest) result(out []byte, err error) ([]byte, error) {
 	switch {
 	case g.system.Flooded() || uint64(len(out)) > g.manifest.Limits.Output:
 		return nil, fmt.Errorf("it wrote more than the %d bytes that its manifest allows", g.manifest.Limits.Output)
-	case errors.As(err, &exit) && exit.ExitCode() == 0:
+	case errors.As(err, &exit) && exit.ExitCode() == 0 && g.info.Kind == wasm.Command:
 		return out, nil
 	case errors.As(err, &exit):
 		return nil, fmt.Errorf("it ended with exit code %d", exit.ExitCode())
@@ -335,8 +344,12 @@ func (g *Guest) result(out []byte, err error) ([]byte, error) {
 	return out, nil
 }
 
-// Log returns what the guest has written to stderr, a reactor also to stdout.
+// Log returns the lines that the guest has written to stderr, a reactor also to
+// stdout.
 func (g *Guest) Log() []string {
+	if len(g.partial) > 0 {
+		g.addLine(nil)
+	}
 	out := g.lines
 	if g.dropped > 0 {
 		out = append(out, fmt.Sprintf("runner: %d more lines were dropped", g.dropped))
@@ -345,21 +358,37 @@ func (g *Guest) Log() []string {
 	return out
 }
 
-// lineWriter takes in what a guest writes to its log.
+// lineWriter takes in what a guest writes to its log, in pieces of any size.
 type lineWriter struct{ g *Guest }
 
 func (w lineWriter) Write(b []byte) (int, error) {
-	for line := range strings.SplitSeq(strings.TrimSuffix(string(b), "\n"), "\n") {
-		if len(w.g.lines) >= maxLines {
-			w.g.dropped++
-			continue
+	n := len(b)
+	for {
+		line, rest, whole := bytes.Cut(b, []byte("\n"))
+		if !whole {
+			break
 		}
-		if len(line) > maxLogLine {
-			line = line[:maxLogLine]
-		}
-		w.g.lines = append(w.g.lines, strings.ToValidUTF8(line, "\uFFFD"))
+		w.g.addLine(line)
+		b = rest
 	}
-	return len(b), nil
+	w.g.partial = append(w.g.partial, b[:min(len(b), maxLogLine-len(w.g.partial))]...)
+	return n, nil
+}
+
+// addLine ends the line at hand. What could steer a terminal is replaced.
+func (g *Guest) addLine(end []byte) {
+	line := append(g.partial, end[:min(len(end), maxLogLine-len(g.partial))]...)
+	if len(g.lines) < maxLines {
+		g.lines = append(g.lines, strings.Map(func(c rune) rune {
+			if unicode.IsControl(c) && c != '\t' {
+				return utf8.RuneError
+			}
+			return c
+		}, strings.ToValidUTF8(string(line), "\uFFFD")))
+	} else {
+		g.dropped++
+	}
+	g.partial = g.partial[:0]
 }
 
 // Capture returns what changed since the last Capture, or with full all there is.
@@ -454,7 +483,7 @@ func (r *Restorer) Begin(d *workload.Delta) error {
 		return nil
 	}
 	if d.Full {
-		if err := r.wipe(); err != nil {
+		if err := r.wipe(d.Memory); err != nil {
 			return err
 		}
 	}
@@ -467,12 +496,15 @@ func (r *Restorer) Begin(d *workload.Delta) error {
 	return nil
 }
 
-// wipe makes an instance with nothing in its memory.
-func (r *Restorer) wipe() error {
-	ctx := context.Background()
-	r.g.dir = wasi.NewDir(r.g.limits())
-	if err := r.g.instantiate(ctx); err != nil {
-		return err
+// wipe makes an instance with nothing in its memory, of at most this many pages of
+// 64 KiB. One that has not run is used again: a log may have any number of full
+// deltas, and a process has few instances.
+func (r *Restorer) wipe(pages uint32) error {
+	if !r.g.untouched || r.g.module.Memory().Size()>>16 > pages {
+		r.g.dir = wasi.NewDir(r.g.limits())
+		if err := r.g.instantiate(context.Background()); err != nil {
+			return err
+		}
 	}
 	linear := r.g.memory.Bytes()
 	for at := 0; at < len(linear); at += workload.MemoryPage {
@@ -538,12 +570,15 @@ func (g *Guest) Resume(ctx context.Context, r *Restorer) error {
 	if err := g.tracker.Dirty(func(int, int) {}); err != nil { // the next Capture is against this
 		return err
 	}
-	if g.info.Reseed {
-		if _, err := g.module.ExportedFunction("edgekeep_reseed").Call(ctx); err != nil {
-			return err
-		}
+	g.untouched = false
+	if !g.info.Reseed {
+		return nil
 	}
-	return nil
+	g.system.SetStdio(nil, lineWriter{g}, lineWriter{g})
+	return g.guarded(func() error {
+		_, err := g.module.ExportedFunction("edgekeep_reseed").Call(ctx)
+		return err
+	})
 }
 
 var _ io.Writer = lineWriter{}

@@ -175,6 +175,8 @@ type session struct {
 	base      int64  // bytes of that one
 	cuts      []cut
 	out       *outgoing // the move away, if there is one
+	uploaded  time.Time // when the newest checkpoint was begun
+	uploading sync.Mutex
 }
 
 // cut is where the log may be cut off, at the beginning of a full delta, once the

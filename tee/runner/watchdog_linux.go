@@ -12,12 +12,13 @@ import (
 // kernel does it: a guest in a tight loop may have stopped everything in here.
 type watchdog struct{ timer int32 }
 
-// sigevent is struct sigevent of the kernel (SIGEV_SIGNAL).
+// sigevent is struct sigevent of the kernel (SIGEV_SIGNAL), 64 bytes or, where a
+// pointer is short, a little more than it reads.
 type sigevent struct {
 	value  uintptr
 	signo  int32
 	notify int32
-	_      [48]byte
+	_      [52]byte
 }
 
 func newWatchdog() (*watchdog, error) {

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"edgekeep/cloud/client"
+	"edgekeep/tee/attest"
 	"edgekeep/tee/message"
 	"edgekeep/workload"
 )
@@ -171,4 +172,17 @@ func TestWorkload(t *testing.T) {
 	if c.count != n || c.sum != float64(sum) {
 		t.Errorf("counted %.0f with the sum %.0f, it was %d and %d", c.count, c.sum, n, sum)
 	}
+}
+
+// workloads are what a gateway's evidence, asked for now, says of instances.
+func (b *bench) workloads(g *Gateway) ([]attest.Workload, error) {
+	saved, v, err := b.op.Attest(b.ctx, g.Name)
+	if err == nil && !v.Affirming() {
+		err = fmt.Errorf("the verdict on %s is not affirming", g.Name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	claims, err := attest.ParseClaims(saved.Evidence)
+	return claims.Workloads, err
 }

@@ -4,10 +4,11 @@ export CGO_ENABLED = 0
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS   = -s -w -X main.version=$(VERSION)
 NEED      = sh testbench/tools/need.sh
+GUESTS    = clang lld wasi-libc libclang-rt-14-dev-wasm32 rustc libstd-rust-dev-wasm32
 FUZZTIME ?= 5m
 GO_FILES  = $(shell git ls-files '*.go')
 
-.PHONY: build test test-long check demo bench fuzz api
+.PHONY: build test test-long check demo bench bench-workload model examples fuzz api
 build:
 	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
@@ -17,7 +18,7 @@ demo: build
 	@bin/edgekeep demo --dir '$(DEMO_DIR)' --seconds $(or $(DEMO_SECONDS),0) --broker $(or $(DEMO_BROKER),nats)
 
 test:
-	@$(NEED) swtpm swtpm-tools tpm2-tools mosquitto mosquitto-clients socat strace zstd python3-cbor2 python3-cryptography
+	@$(NEED) swtpm swtpm-tools tpm2-tools mosquitto mosquitto-clients socat strace zstd python3-cbor2 python3-cryptography $(GUESTS) spin gcc libc6-dev qemu-user-static
 	go test ./...
 
 test-long:
@@ -26,6 +27,21 @@ test-long:
 bench: build
 	@$(NEED) swtpm swtpm-tools
 	@go run ./testbench/bench
+
+# Figures of workloads: batches, start, and what a move costs. SHORT=1 is quicker.
+bench-workload: build
+	@$(NEED) swtpm swtpm-tools clang lld wasi-libc libclang-rt-14-dev-wasm32
+	@go run ./testbench/bench/workload $(if $(SHORT),-short)
+
+# The model of the move, checked exhaustively, and its mutants. SHORT=1 is quicker.
+model:
+	@$(NEED) spin gcc libc6-dev
+	@go run ./testbench/model/cmd $(if $(SHORT),-short)
+
+# The example workloads, ready for `edgekeep workload pack bin/examples/NAME`.
+examples:
+	@$(NEED) $(GUESTS)
+	@sh workload/examples/build.sh bin/examples
 
 # Every fuzz target for FUZZTIME, one after the other.
 fuzz:

@@ -37,7 +37,6 @@ type world struct {
 	dir                       string
 	bus                       *cloud.Bus
 	operator, consumer, owner *client.Kit
-	url                       string
 }
 
 func must[T any](v T, err error) T {

@@ -92,8 +92,8 @@ func deadline(t testing.TB) context.Context {
 	return ctx
 }
 
-// subscriptions is how many a fleet makes: nineteen questions, eight topics.
-const subscriptions = 27
+// subscriptions is how many a fleet makes: twenty questions, eight topics.
+const subscriptions = 28
 
 // startFleet starts a replica and returns when it listens. It ends with the
 // test, or with the function returned.

@@ -138,13 +138,10 @@ func (f *Fleet) awaitRecords(ctx context.Context, told *nats.Subscription, subje
 		until = deadline
 	}
 	wait, cancel := context.WithDeadline(ctx, until)
-	_, err := told.NextMsgWithContext(wait)
+	m, _ := told.NextMsgWithContext(wait) // if nobody tells, the caller looks anyway
 	cancel()
-	if ctx.Err() != nil {
+	if m == nil || ctx.Err() != nil {
 		return message.Records{}, ctx.Err()
-	}
-	if err != nil { // nobody told: the caller looks anyway
-		return message.Records{}, nil
 	}
 	for sleep := firstSleep; sleep <= afterward; sleep *= 2 {
 		out, err := f.recordsFrom(ctx, subject, from)

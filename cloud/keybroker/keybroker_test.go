@@ -61,7 +61,7 @@ func runTests(m *testing.M) int {
 	}
 	had, ended := bus.NC.NumSubscriptions(), make(chan error, 1)
 	go func() { ended <- b.Run(ctx) }()
-	for bus.NC.NumSubscriptions() < had+2 {
+	for bus.NC.NumSubscriptions() < had+3 {
 		time.Sleep(time.Millisecond)
 	}
 	code := m.Run()

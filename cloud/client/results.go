@@ -68,25 +68,34 @@ func (r *Results) Fenced() uint64 { return r.fenced }
 // Next returns the next results, waiting up to wait for them; none is no error.
 // After an error it can be called again.
 func (r *Results) Next(ctx context.Context, wait time.Duration) ([]Result, error) {
+	for {
+		out, more, err := r.page(ctx, wait)
+		if err != nil || len(out) > 0 || !more {
+			return out, err
+		}
+	}
+}
+
+// page returns what counts of the next records, and whether there were any.
+func (r *Results) page(ctx context.Context, wait time.Duration) (out []Result, more bool, err error) {
 	if len(r.held) == 0 {
 		got, err := r.reader.Next(ctx, wait)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		r.held = got
 	}
 	if len(r.held) == 0 {
-		return nil, nil
+		return nil, false, nil
 	}
 	// Asked after the results were read: what the ledger accepts then it accepts for
 	// ever, because an entry takes over the lines that are stored when it is made.
 	rec, err := r.inspect(ctx, r.instance)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	held := r.held
 	r.held = nil
-	var out []Result
 	for len(held) > 0 { // records of one chunk share its cursor
 		n := 1
 		for n < len(held) && held[n].Cursor == held[0].Cursor && held[0].Cursor != nil {
@@ -95,7 +104,7 @@ func (r *Results) Next(ctx context.Context, wait time.Duration) ([]Result, error
 		out = append(out, r.chunk(rec, held[:n])...)
 		held = held[n:]
 	}
-	return out, nil
+	return out, true, nil
 }
 
 // chunk numbers the readings of a chunk's records: they are its cursor's line and

@@ -58,7 +58,7 @@ type failer interface {
 func (r *Results) feed(t failer, chunks ...[]Opened) []Result {
 	t.Helper()
 	r.held = slices.Concat(chunks...)
-	out, err := r.Next(context.Background(), 0)
+	out, _, err := r.page(context.Background(), 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,11 +118,11 @@ func TestResultsWaitForTheLedger(t *testing.T) {
 	inspect := r.inspect
 	r.inspect = func(context.Context, string) (fleet.Record, error) { return fleet.Record{}, errors.New("no") }
 	r.held = sealedChunk("a", "watch#1", 1, []int{1})
-	if _, err := r.Next(context.Background(), time.Second); err == nil {
+	if _, _, err := r.page(context.Background(), time.Second); err == nil {
 		t.Fatal("no error")
 	}
 	r.inspect = inspect
-	if got, err := r.Next(context.Background(), 0); err != nil || lines(got) != "1.1=1@a" {
+	if got, _, err := r.page(context.Background(), 0); err != nil || lines(got) != "1.1=1@a" {
 		t.Errorf("%s, %v", lines(got), err)
 	}
 }

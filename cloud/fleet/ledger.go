@@ -155,6 +155,11 @@ func (f *Fleet) claim(ctx context.Context, t mqtt.Topic, msg []byte) ([]byte, er
 		if err != nil {
 			return nil, err
 		}
+		if stored, err := f.storedLine(ctx, t.Tenant, t.Gateway, c.Instance, c.From); err != nil {
+			return nil, err
+		} else if moved && c.Entry.Line < stored { // somebody may have acted on them
+			return nil, fmt.Errorf("claim: it takes over line %d, but results up to line %d are stored", c.Entry.Line, stored)
+		}
 		if moved {
 			r.Moves++
 		}

@@ -2,6 +2,7 @@ package keep
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"errors"
@@ -384,7 +385,7 @@ func (k *Keep) workloadClaims() []attest.Workload {
 		}
 		if st := k.workloads.run[name]; st != nil {
 			c.Running, c.Protection, c.Rewritten = st.report.Running, st.report.Protection, st.report.Module
-			c.Failures, c.Reason = st.report.Failures, st.report.Reason
+			c.Failures, c.Reason = st.report.Failures, cmp.Or(st.report.Reason, k.gaveUp[name])
 			if st.runner != nil {
 				c.Rewriter, c.Compiler = cut(st.runner.hello.Rewriter, 32), st.runner.hello.Compiler
 			}

@@ -115,6 +115,7 @@ type Keep struct {
 	repeated   map[string]time.Time // when something about an instance was sent last
 	said       map[string][]byte    // head that the source was told of last
 	refusals   map[string]int       // of claims in a row
+	gaveUp     map[string]string    // why an instance's last move from here came to nothing
 	answered   []answeredChallenge
 
 	gateway   atomic.Value // its name, string, once it is enrolled
@@ -173,7 +174,7 @@ func newKeep(cfg Config, log *slog.Logger, dev *tpm.Device) (*Keep, error) {
 	k := &Keep{
 		cfg: cfg, log: log, dev: dev, ek: ek, ekHash: hash, phase: tee.PhaseWaiting,
 		epochKey: key, nonces: map[string]asked{}, tails: map[string]end{},
-		moves: map[string]*move{}, ledger: map[string]heard{}, refusals: map[string]int{}, said: map[string][]byte{}, repeated: map[string]time.Time{},
+		moves: map[string]*move{}, ledger: map[string]heard{}, refusals: map[string]int{}, gaveUp: map[string]string{}, said: map[string][]byte{}, repeated: map[string]time.Time{},
 	}
 	k.sealer = newSealer(cfg, key)
 	k.workloads = newWorkloads(k)

@@ -97,6 +97,7 @@ func (k *Keep) startMove(c message.Command, res *message.Result) (effect func(),
 	mv := &move{attempt: random(workload.AttemptSize), peer: to, source: true, stage: workload.KindAccept, began: time.Now()}
 	res.Output = map[string]string{"attempt": fmt.Sprintf("%x", mv.attempt)}
 	return func() {
+		delete(k.gaveUp, name)
 		k.moves[name] = mv
 		k.resend(name)
 	}, nil
@@ -233,6 +234,9 @@ func (k *Keep) giveUp(name string, reason error) {
 	}
 	delete(k.moves, name)
 	k.log.Warn("a move was given up", "instance", name, "peer", mv.peer, "reason", reason)
+	if mv.source {
+		k.gaveUp[name] = fmt.Sprintf("move to %s given up: %s", mv.peer, cut(reason.Error(), 200))
+	}
 	if mv.source {
 		k.workloads.setRoute(name, route{})
 		k.refuse(name, mv.peer, mv.attempt, reason)
@@ -413,12 +417,7 @@ func (k *Keep) fenced(name string, e workload.Entry) (next state, act func(), er
 }
 
 // arrived is the number of the last result of the places before this one.
-func (i instance) arrived() uint64 {
-	if i.Move == nil {
-		return 0
-	}
-	return i.Move.Line
-}
+func (i instance) arrived() uint64 { return i.Line }
 
 // afterClaim goes on from the ledger's answer to a frozen instance's claim.
 func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act func(), err error) {

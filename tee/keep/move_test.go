@@ -66,6 +66,26 @@ func TestMove(t *testing.T) {
 	f.until("it lives on after a restart", func() bool { return f.settled("i") })
 }
 
+// An instance that is stopped where it came to, before it said anything there, takes
+// over the results of where it came from.
+func TestStopAfterMove(t *testing.T) {
+	f := newFabric(t)
+	a, b := f.node(gw), f.node("gw2")
+	a.staff, b.staff = 2, 2
+	if r := a.outcome(a.order("i", manifest(nil), func(d *deployment) { d.entry.Line = 7 })); !r.Done { // there was one before
+		t.Fatal(r.Reason)
+	}
+	f.until("it is live", func() bool { return f.settled("i") })
+	f.moves(a, b)
+	if r := b.command(message.WorkloadStop, map[string]string{"instance": "i"}); !r.Done {
+		t.Fatal(r.Reason)
+	}
+	f.until("it is gone", func() bool { return b.phase() == 0 })
+	if e := f.ledger["i"]; e.Epoch != 3 || e.Holder != "" || e.Line != 7 {
+		t.Errorf("%+v", e)
+	}
+}
+
 // crashes are where source and target may die in a move.
 var crashes = map[string][]string{
 	"source": {
@@ -136,7 +156,7 @@ func (f *fabric) try(from, to *node) string {
 // does no harm. Keeps die now and then.
 func TestMoveNetwork(t *testing.T) {
 	f, from, to := two(t)
-	end := time.Now().Add(10 * time.Second)
+	end := time.Now().Add(6 * time.Second)
 	for seed := uint64(1); seed < 1000 && time.Now().Before(end); seed++ {
 		f.rng = rand.New(rand.NewPCG(seed, 0))
 		f.lose, f.repeat, f.shuffle = 0.2, 0.3, true
@@ -416,7 +436,20 @@ func TestTargetRefuses(t *testing.T) {
 	b.staff = 2
 	f.until("there are runners", func() bool { f.round(); return b.keep.workloads.idle() })
 	b.vouch(func(v *attest.Verdict) { v.Expires = f.cloud.now })
-	refused("the target's verdict has expired")
+	if r := f.try(a, b); r != "" { // nobody believes its refusal: the source's patience ends
+		t.Fatal(r)
+	}
+	for range 20 {
+		f.round()
+	}
+	a.keep.mu.Lock()
+	if mv := a.keep.moves["i"]; mv == nil || mv.stage != workload.KindAccept {
+		t.Errorf("the verdict has expired: %+v", mv)
+	} else {
+		mv.began = time.Time{}
+	}
+	a.keep.mu.Unlock()
+	f.until("it is given up", func() bool { f.later(); return f.settled("i") })
 	b.vouch(nil)
 	b.keep.cfg.RunnerUID = NoRunners
 	refused("the target runs no workloads")

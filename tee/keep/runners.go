@@ -433,9 +433,12 @@ func (w *workloads) message(r *runner, kind int, body []byte) error {
 		})
 	case tee.KindFinal:
 		return taken(body, func(f tee.Final) error {
+			if err := sized(f.Head); err != nil {
+				return err
+			}
 			st.final = &f
 			w.wantAdvance()
-			return sized(f.Head)
+			return nil
 		})
 	case tee.KindReceived:
 		return taken(body, func(f tee.Received) error {

@@ -600,7 +600,6 @@ type machine struct {
 	nextID uint64
 	keys   []tee.StateKey
 	value  uint64
-	line   uint64
 }
 
 // parts is how many frames a move takes.
@@ -737,7 +736,7 @@ func (m *machine) takeIn(a tee.Assign, have [][]byte) {
 				m.n.f.complain("%s: what was released does not open", m.n.name)
 				return
 			}
-			m.keys = act.Keys
+			m.keys, a.Line = act.Keys, act.Line
 			m.live(a, act.Epoch)
 			return
 		}
@@ -798,7 +797,7 @@ func (m *machine) live(a tee.Assign, epoch uint64) {
 			}
 			if len(frames) > 0 && acked == parts && !told {
 				told = true
-				_ = m.d.Send(tee.KindFinal, tee.Final{Head: head(frames), Line: m.line})
+				_ = m.d.Send(tee.KindFinal, tee.Final{Head: head(frames), Line: a.Line})
 			}
 		case tee.KindInfer:
 			if i, err := tee.Body[tee.Infer](in.body); err == nil {

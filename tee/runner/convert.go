@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -168,8 +170,11 @@ func decodeJSON(out []byte, now time.Time) ([]sealing.Reading, error) {
 		if len(bytes.TrimSpace(line)) == 0 {
 			continue
 		}
-		if len(line) > maxText || n > maxReadings {
+		switch {
+		case len(line) > maxText || n > maxReadings:
 			return nil, fmt.Errorf("line %d is too long, or there are more than %d", n, maxReadings)
+		case !utf8.Valid(line): // encoding/json would repair it
+			return nil, fmt.Errorf("line %d is no UTF-8", n)
 		}
 		r, err := decodeLine(line, now)
 		if err != nil {
@@ -295,27 +300,56 @@ func decodeCSV(out []byte, now time.Time) ([]sealing.Reading, error) {
 	}
 	c := csv.NewReader(bytes.NewReader(rest))
 	c.FieldsPerRecord = 4
-	rows, err := c.ReadAll()
-	if err != nil {
-		return nil, err
-	}
 	var readings []sealing.Reading
-	for i, row := range rows {
-		r := sealing.Reading{Name: row[0], Unit: row[3], Time: now.UnixNano()}
-		if row[1] != "" {
-			if r.Time, err = nanoseconds(row[1]); err != nil {
-				return nil, fmt.Errorf("row %d: %w", i+1, err)
-			}
+	for n := 1; ; n++ {
+		row, err := c.Read()
+		if errors.Is(err, io.EOF) {
+			return readings, nil
 		}
-		switch row[2] {
-		case "true", "false":
-			r.Value = row[2] == "true"
-		default:
-			if r.Value, err = number(row[2]); err != nil {
-				r.Value = row[2]
-			}
+		if err == nil && n > maxReadings {
+			err = fmt.Errorf("more than %d rows", maxReadings)
+		}
+		if err != nil {
+			return nil, err
+		}
+		r, err := decodeRow(row, now)
+		if err != nil {
+			return nil, fmt.Errorf("row %d: %w", n, err)
 		}
 		readings = append(readings, r)
 	}
-	return readings, nil
+}
+
+// decodeRow reads name, time, value and unit.
+func decodeRow(row []string, now time.Time) (sealing.Reading, error) {
+	r := sealing.Reading{Name: row[0], Unit: row[3], Time: now.UnixNano()}
+	if len(row[0])+len(row[1])+len(row[2])+len(row[3]) > maxText {
+		return r, errors.New("it is too long")
+	}
+	var err error
+	if row[1] != "" {
+		if r.Time, err = nanoseconds(row[1]); err != nil {
+			return r, err
+		}
+	}
+	switch {
+	case row[2] == "true" || row[2] == "false":
+		r.Value = row[2] == "true"
+	case jsonNumber.MatchString(row[2]):
+		r.Value, err = number(row[2])
+	case infinite(row[2]):
+		err = fmt.Errorf("%q is no number", row[2])
+	default:
+		r.Value = row[2]
+	}
+	return r, err
+}
+
+// jsonNumber is how a number is written in CSV too: 007 and 0x7 are texts.
+var jsonNumber = regexp.MustCompile(`^-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?$`)
+
+// infinite reports whether s is how a language writes a float that is no number.
+func infinite(s string) bool {
+	f, err := strconv.ParseFloat(s, 64)
+	return err == nil && (math.IsNaN(f) || math.IsInf(f, 0))
 }

@@ -102,7 +102,7 @@ type Guest struct {
 	untouched  bool // the reactor's instance was made, and nothing of it has run
 	lines      []string
 	dropped    int
-	partial    []byte // the beginning of a line
+	partial    []byte    // the beginning of a line
 	deadline   time.Time // of the batch at hand, for a guest that sleeps
 }
 
@@ -167,8 +167,9 @@ func (g *Guest) newSystem(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if old := g.runtime.Module("wasi_snapshot_preview1"); old != nil {
-		_ = old.Close(ctx)
+	if g.system != nil { // guests are linked to that one
+		*g.system = *s
+		return nil
 	}
 	g.system = s
 	return s.Instantiate(ctx, g.runtime)

@@ -74,7 +74,7 @@ var allowed = map[string]string{
 
 	// the test bench may import anything; only `edgekeep demo` and tests import it
 	"testbench/swtpm": "*", "testbench/mosquitto": "*", "testbench/hostile": "*", "testbench/internal/process": "*",
-	"testbench/rig": "*", "testbench/demo": "*", "testbench/hands": "*", "testbench/bench": "*",
+	"testbench/rig": "*", "testbench/demo": "*", "testbench/hands": "*", "testbench/bench": "*", "testbench/bench/workload": "*",
 	"testbench/model": "*", "testbench/model/cmd": "*",
 	"configs/mosquitto": "",
 }

@@ -84,6 +84,8 @@ func (f fakeConn) Publish(topic string, payload []byte) error {
 	return nil
 }
 
+func (f fakeConn) Send(topic string, payload []byte) error { return f.Publish(topic, payload) }
+
 func (f fakeConn) Flush(_ context.Context, topic string, payload []byte) error {
 	return f.Publish(topic, payload)
 }

@@ -21,6 +21,8 @@ const (
 type conn interface {
 	// Publish hands a message over without waiting for anything.
 	Publish(topic string, payload []byte) error
+	// Send is Publish of a message that the broker need not acknowledge.
+	Send(topic string, payload []byte) error
 	// Flush waits until the broker has acknowledged the message.
 	Flush(ctx context.Context, topic string, payload []byte) error
 }
@@ -74,7 +76,8 @@ func (l *link) peers() error {
 
 // publishPeer publishes a message to another gateway, in order, at most peerAhead
 // of them ahead of the broker: a move sends thousands, and waiting for each would
-// take a round trip each.
+// take a round trip each. Only the last of so many is to be acknowledged: brokers
+// store what they acknowledge, and whoever sent it sends it again anyway.
 func (l *link) publishPeer(topic string, data []byte) error {
 	l.ahead.Lock()
 	defer l.ahead.Unlock()
@@ -83,7 +86,7 @@ func (l *link) publishPeer(topic string, data []byte) error {
 	}
 	if l.unacked+1 < peerAhead {
 		l.unacked++
-		return l.conn.Publish(topic, data)
+		return l.conn.Send(topic, data)
 	}
 	ctx, cancel := context.WithTimeout(l.ctx, peerPatience)
 	defer cancel()

@@ -184,6 +184,9 @@ func splitName(name string) (base, rest string) {
 	return name[:i+1], name[i+1:]
 }
 
+// maxNames bounds the names of a pack, in bytes, when they are spelled out.
+const maxNames = 16 << 20
+
 // ParsePack decodes a SenML pack as Pack encodes it.
 func ParsePack(b []byte) ([]Reading, error) {
 	var records []senml
@@ -193,6 +196,7 @@ func ParsePack(b []byte) ([]Reading, error) {
 	out := make([]Reading, 0, len(records))
 	var base string
 	var now int64
+	names := 0
 	for i, s := range records {
 		if s.BaseTime.Number != 0 || s.BaseTime.Content != nil {
 			t, err := nanoseconds(s.BaseTime)
@@ -202,6 +206,9 @@ func ParsePack(b []byte) ([]Reading, error) {
 			base, now = s.BaseName, t
 		} else if i == 0 || s.BaseName != "" {
 			return nil, fmt.Errorf("SenML record %d: base time missing", i)
+		}
+		if names += len(base) + len(s.Name); names > maxNames { // base names are written once and read many times
+			return nil, fmt.Errorf("SenML record %d: more than %d bytes of names", i, maxNames)
 		}
 		r := Reading{Name: base + s.Name, Unit: s.Unit, Time: now}
 		if err := r.setValue(s); err != nil {

@@ -145,11 +145,10 @@ type Activate struct {
 
 // Hello says what a runner is.
 type Hello struct {
-	Version    string `cbor:"1,keyasint"`
-	Arch       string `cbor:"2,keyasint"`
-	Compiler   bool   `cbor:"3,keyasint"` // or the interpreter
-	Protection string `cbor:"4,keyasint"` // of guest memory
-	Rewriter   string `cbor:"5,keyasint"` // version of the module rewriter
+	Version  string `cbor:"1,keyasint"`
+	Arch     string `cbor:"2,keyasint"`
+	Compiler bool   `cbor:"3,keyasint"` // or the interpreter
+	Rewriter string `cbor:"4,keyasint"` // version of the module rewriter
 }
 
 // Kinds of jobs.

@@ -161,8 +161,8 @@ type sealedHeader struct {
 // Purposes of sealed secrets. Context is what binds them to their place.
 const (
 	PurposeBundle  = "bundle"  // the bundle key; context: CBOR [subject, instance, bundle id]
-	PurposeMove    = "move"    // the keys of a move; context: its attempt
-	PurposeRelease = "release" // the snapshot key; context: CBOR [attempt, head]
+	PurposeMove    = "move"    // the keys of a move; context: CBOR [attempt, key id, target's nonce]
+	PurposeRelease = "release" // the snapshot key; context: CBOR [attempt, head, target's nonce]
 	PurposeRequest = "request" // an inference request; context: see Request
 	PurposeResult  = "result"  // its result
 )

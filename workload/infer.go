@@ -19,8 +19,11 @@ import (
 // request is no request.
 type Request struct {
 	Input []byte   `cbor:"1,keyasint"` // a batch, in the workload's input format
-	Reply cose.Raw `cbor:"2,keyasint"` // HPKE key for the result, COSE_Key; fresh for each request
+	Reply cose.Raw `cbor:"2,keyasint"` // HPKE key for the result, COSE_Key; fresh for each request, or the one in Grant
 	ID    []byte   `cbor:"3,keyasint"` // 16 random bytes
+	// Grant is the data owner's word that Reply may read, for an instance that reads
+	// streams: its results may say what was in them.
+	Grant []byte `cbor:"4,keyasint,omitempty"`
 }
 
 // Asked is a request on its way to a keep.

@@ -35,6 +35,7 @@ import (
 	"fmt"
 	"regexp"
 	"slices"
+	"strings"
 
 	"edgekeep/internal/cose"
 )
@@ -125,7 +126,9 @@ var (
 
 // ValidInstance reports whether an instance may have this name: it is also the
 // name of its stream of results, and with "-log" that of its log.
-func ValidInstance(name string) bool { return instName.MatchString(name) }
+func ValidInstance(name string) bool {
+	return instName.MatchString(name) && !strings.HasSuffix(name, "-log")
+}
 
 // Validate says what is wrong with a manifest.
 func (m Manifest) Validate() error {

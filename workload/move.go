@@ -167,7 +167,7 @@ type Control struct {
 	Instance string `cbor:"3,keyasint"`
 	From     string `cbor:"4,keyasint"` // gateway
 	To       string `cbor:"5,keyasint"`
-	// Verdict is the sender's (offer, accept).
+	// Verdict is the sender's newest: it vouches for the key that signed.
 	Verdict []byte `cbor:"6,keyasint,omitempty"`
 	// Manifest, Inputs, Epoch, Moves describe the instance (offer).
 	Manifest []byte   `cbor:"7,keyasint,omitempty"`

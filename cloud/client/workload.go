@@ -6,6 +6,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"time"
 
 	"edgekeep/cloud/fleet"
@@ -271,6 +273,22 @@ func (c *Client) vouched(ctx context.Context, gateway string) (v attest.Verdict,
 	return v, false, nil
 }
 
+// replyKey is the key for the result: a consumer's own, with the data owner's grant
+// for it, if the kit has both; else a fresh one, which gets answers from workloads
+// only that read no streams.
+func (c *Client) replyKey() (hpke.PrivateKey, []byte, error) {
+	grant, err := os.ReadFile(filepath.Join(c.Dir, "grant.cbor"))
+	if errors.Is(err, os.ErrNotExist) {
+		key, err := hpke.MLKEM768P256().GenerateKey()
+		return key, nil, err
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("the kit's grant: %w", err)
+	}
+	key, err := c.ConsumerKey()
+	return key, grant, err
+}
+
 func (c *Client) inferUnder(ctx context.Context, v attest.Verdict, gateway, instance string, input []byte) (Inference, error) {
 	subject := c.Tenant + "/" + gateway
 	to, err := c.receivingKey(v, subject)
@@ -281,11 +299,11 @@ func (c *Client) inferUnder(ctx context.Context, v attest.Verdict, gateway, inst
 	if err != nil {
 		return Inference{}, err
 	}
-	key, err := hpke.MLKEM768P256().GenerateKey()
+	key, grant, err := c.replyKey()
 	if err != nil {
 		return Inference{}, err
 	}
-	r := workload.Request{Input: input, Reply: cose.MarshalHPKEKey(key.PublicKey()), ID: make([]byte, requestID)}
+	r := workload.Request{Input: input, Reply: cose.MarshalHPKEKey(key.PublicKey()), ID: make([]byte, requestID), Grant: grant}
 	rand.Read(r.ID) // never fails
 	sealed, err := r.Seal(subject, instance, v.Nonce, to)
 	if err != nil {

@@ -155,11 +155,14 @@ func (f *Fleet) claim(ctx context.Context, t mqtt.Topic, msg []byte) ([]byte, er
 		if err != nil {
 			return nil, err
 		}
-		if stored, err := f.storedLine(ctx, t.Tenant, t.Gateway, c.Instance, c.From); err != nil {
+		stored, err := f.storedLine(ctx, t.Tenant, t.Gateway, c.Instance, c.From)
+		if err != nil {
 			return nil, err
-		} else if moved && c.Entry.Line < stored { // somebody may have acted on them
+		}
+		if moved && c.Entry.Line < stored { // somebody may have acted on them
 			return nil, fmt.Errorf("claim: it takes over line %d, but results up to line %d are stored", c.Entry.Line, stored)
 		}
+		c.Entry.Line = max(c.Entry.Line, stored)
 		if moved {
 			r.Moves++
 		}

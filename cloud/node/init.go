@@ -151,6 +151,9 @@ func (i *initer) people() error {
 	if err != nil {
 		return err
 	}
+	if err := durable.WriteFile(i.path("consumer/grant.cbor"), grant, 0o644); err != nil {
+		return err
+	}
 	return durable.WriteFile(i.path(i.tenant+"/grants/consumer.cbor"), grant, 0o644)
 }
 

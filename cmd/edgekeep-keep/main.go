@@ -82,6 +82,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 		return err
 	})
 	g.Go(func() error { return serve(requests, keepSocket, k, log) })
+	g.Go(func() error { k.Repeat(ctx); return nil })
 	if runners != nil {
 		g.Go(func() error { return k.Runners(ctx, runners) })
 	}

@@ -78,6 +78,6 @@ func hungUp(conn syscall.RawConn) (yes bool) {
 
 // confine takes from the worker everything but the connection and its memory.
 func confine() error {
-	_, err := sandbox.Apply(sandbox.Policy{})
+	_, err := sandbox.Apply(sandbox.Policy{Alone: true})
 	return err
 }

@@ -63,15 +63,21 @@ func (a *app) grant(g message.Grant, out string) error {
 			return err
 		}
 		g.Key, file = cose.MarshalHPKEKey(key.PublicKey()), g.Consumer+".cbor"
-		next = fmt.Sprintf("; the consumer's kit needs %s/consumer.key, and consumer = %q in kit.toml", out, g.Consumer)
+		next = fmt.Sprintf("; the consumer's kit needs %s/consumer.key, %s/grant.cbor (a copy, for inference), and consumer = %q in kit.toml", out, out, g.Consumer)
 	}
 	msg, err := g.Sign(owner)
 	if err != nil {
 		return err
 	}
 	path := filepath.Join(out, file)
-	if err := os.WriteFile(path, msg, 0o644); err != nil {
-		return fmt.Errorf("writing the grant: %w", err)
+	files := []string{path}
+	if !g.Gateway {
+		files = append(files, filepath.Join(out, "grant.cbor"))
+	}
+	for _, f := range files {
+		if err := os.WriteFile(f, msg, 0o644); err != nil {
+			return fmt.Errorf("writing the grant: %w", err)
+		}
 	}
 	return a.print(map[string]any{"name": g.Consumer, "gateway": g.Gateway, "grant": path}, func(w io.Writer) {
 		fmt.Fprintf(w, "Signed the grant %s.\nNext: copy it to tenants/%s/grants/ of the cloud%s.\n", path, kit.Tenant, next)

@@ -9,6 +9,7 @@ package sandbox
 
 import (
 	"fmt"
+	"slices"
 
 	seccomp "github.com/elastic/go-seccomp-bpf"
 	"github.com/landlock-lsm/go-landlock/landlock"
@@ -21,6 +22,7 @@ type Policy struct {
 	Read  []string // files and directories it may read
 	Write []string // directories it may write in and make sockets in
 	Files []string // devices and files it may write
+	Alone bool     // it keeps the connections it has, and gets no other; it signals no other process
 }
 
 // forbidden are system calls that no process of ours makes after it has started.
@@ -60,25 +62,41 @@ func Apply(p Policy) (map[string]bool, error) {
 	if !seccomp.Supported() {
 		return held, nil
 	}
-	if err := seccomp.LoadFilter(filter()); err != nil {
+	if err := seccomp.LoadFilter(filter(p.Alone)); err != nil {
 		return held, fmt.Errorf("restricting system calls with seccomp: %w", err)
 	}
 	held["seccomp"] = true
 	return held, nil
 }
 
-func filter() seccomp.Filter {
+// alone are system calls that reach other processes.
+var alone = []string{
+	"socket", "socketpair", "connect", "bind", "listen", "accept", "accept4", "kill", "tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo",
+	"pidfd_open", "pidfd_send_signal", "shmget", "shmat", "msgget", "semget", "mq_open", "prlimit64", "sched_setaffinity", "setpriority",
+}
+
+func filter(isAlone bool) seccomp.Filter {
+	groups := []seccomp.SyscallGroup{
+		{Action: seccomp.ActionErrno, Names: forbidden},
+		{Action: seccomp.ActionErrno, NamesWithCondtions: []seccomp.NameWithConditions{{
+			Name:       "socket", // any but Unix sockets
+			Conditions: []seccomp.Condition{{Argument: 0, Operation: seccomp.NotEqual, Value: unix.AF_UNIX}},
+		}}},
+	}
+	if isAlone {
+		groups = []seccomp.SyscallGroup{
+			{Action: seccomp.ActionErrno, Names: append(slices.Clone(forbidden), alone...)},
+			{Action: seccomp.ActionErrno, NamesWithCondtions: []seccomp.NameWithConditions{{
+				Name:       "tgkill", // any process but this one: Go signals its own threads
+				Conditions: []seccomp.Condition{{Argument: 0, Operation: seccomp.NotEqual, Value: uint64(unix.Getpid())}},
+			}}},
+		}
+	}
 	return seccomp.Filter{
 		NoNewPrivs: true, Flag: seccomp.FilterFlagTSync,
 		Policy: seccomp.Policy{
 			DefaultAction: seccomp.ActionAllow,
-			Syscalls: []seccomp.SyscallGroup{
-				{Action: seccomp.ActionErrno, Names: forbidden},
-				{Action: seccomp.ActionErrno, NamesWithCondtions: []seccomp.NameWithConditions{{
-					Name:       "socket", // any but Unix sockets
-					Conditions: []seccomp.Condition{{Argument: 0, Operation: seccomp.NotEqual, Value: unix.AF_UNIX}},
-				}}},
-			},
+			Syscalls:      groups,
 		},
 	}
 }

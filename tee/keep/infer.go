@@ -1,6 +1,7 @@
 package keep
 
 import (
+	"bytes"
 	"crypto/hpke"
 	"errors"
 	"fmt"
@@ -87,12 +88,42 @@ func (k *Keep) infer(a workload.Asked, r *workload.Response) (hpke.PublicKey, er
 	if err != nil {
 		return nil, err
 	}
+	if len(i.Inputs) > 0 {
+		if err := k.mayRead(req.Grant, to); err != nil {
+			return to, err
+		}
+	}
 	r.Epoch, r.Module = i.Epoch, workload.ID(i.Manifest)
 	return to, k.workloads.infer(a.Instance, req.Input, func(got tee.Inferred) {
 		out := *r
 		out.Error = cut(got.Error, 512)
 		k.reply(a.ID, out, got.Output, to)
 	})
+}
+
+// mayRead says why whoever holds a key may not read the tenant's data, or nil.
+// What an instance says that reads streams may tell what was in them, and who may
+// read that is for the data owner to say.
+func (k *Keep) mayRead(grant []byte, to hpke.PublicKey) error {
+	if len(grant) == 0 {
+		return errors.New("this workload reads streams: its answers are for a consumer whom the data owner has granted reading, and the request shows no grant")
+	}
+	g, err := message.VerifyGrant(k.roots.Owner, grant)
+	if err != nil {
+		return err
+	}
+	now, err := k.cloudTime()
+	if err != nil {
+		return err
+	}
+	granted, err := cose.UnmarshalHPKEKey(g.Key)
+	switch {
+	case err != nil || g.Gateway || g.Tenant != k.st.Tenant || !bytes.Equal(cose.HPKEKeyID(granted), cose.HPKEKeyID(to)):
+		return errors.New("the data owner's grant is for another key than the one that the result is to be sealed to")
+	case g.Expires != 0 && now.Unix() >= g.Expires:
+		return errors.New("the data owner's grant has expired")
+	}
+	return nil
 }
 
 // reply seals a result to whoever asked, signs it, and sends it. It needs the

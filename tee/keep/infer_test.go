@@ -9,6 +9,7 @@ import (
 
 	"edgekeep/internal/cose"
 	"edgekeep/tee"
+	"edgekeep/tee/message"
 	"edgekeep/workload"
 )
 
@@ -21,8 +22,17 @@ type call struct {
 
 func (n *node) request(t *testing.T, instance string, nonce []byte, edit func(*workload.Asked)) call {
 	t.Helper()
+	return n.requestWith(t, instance, nonce, edit, func(key []byte) []byte {
+		return must(message.Grant{Tenant: tenant, Consumer: "c", Key: key}.Sign(n.cloud.owner))(t)
+	})
+}
+
+// requestWith is a request that shows another grant for its key.
+func (n *node) requestWith(t *testing.T, instance string, nonce []byte, edit func(*workload.Asked), grant func(key []byte) []byte) call {
+	t.Helper()
 	c := call{key: must(hpke.MLKEM768P256().GenerateKey())(t)}
-	r := workload.Request{Input: []byte("input"), Reply: cose.MarshalHPKEKey(c.key.PublicKey()), ID: random(16)}
+	key := cose.MarshalHPKEKey(c.key.PublicKey())
+	r := workload.Request{Input: []byte("input"), Reply: key, ID: random(16), Grant: grant(key)}
 	c.sealed = must(r.Seal(n.subject(), instance, nonce, n.receive()))(t)
 	a := workload.Asked{ID: []byte("id"), Instance: instance, Nonce: nonce, Sealed: c.sealed}
 	if edit != nil {
@@ -75,6 +85,26 @@ func TestInfer(t *testing.T) {
 		}
 	}
 	refused("a replay", c, "i", "was taken before")
+	for name, g := range map[string]struct {
+		grant func(key []byte) []byte
+		want  string
+	}{
+		"no grant": {func([]byte) []byte { return nil }, "shows no grant"},
+		"a grant of another": {func(key []byte) []byte {
+			return must(message.Grant{Tenant: tenant, Consumer: "c", Key: key}.Sign(newKey(t)))(t)
+		}, "message.Grant: verify"},
+		"a grant for a gateway": {func([]byte) []byte {
+			return must(message.Grant{Tenant: tenant, Consumer: gw, Gateway: true}.Sign(n.cloud.owner))(t)
+		}, "for another key"},
+		"a grant for a key": {func([]byte) []byte {
+			return must(message.Grant{Tenant: tenant, Consumer: "c", Key: cose.MarshalHPKEKey(other.PublicKey())}.Sign(n.cloud.owner))(t)
+		}, "for another key"},
+		"an expired grant": {func(key []byte) []byte {
+			return must(message.Grant{Tenant: tenant, Consumer: "c", Key: key, Expires: 1}.Sign(n.cloud.owner))(t)
+		}, "expired"},
+	} {
+		refused(name, n.requestWith(t, "i", nonce, nil, g.grant), "i", g.want)
+	}
 	refused("another instance", n.request(t, "j", nonce, nil), "j", "no instance j runs here")
 	refused("a nonce never answered", n.request(t, "i", random(32), nil), "i", "has not given since it started")
 	refused("another nonce than sealed", n.request(t, "i", random(32), func(a *workload.Asked) { a.Nonce = nonce }), "i", "opening a request")

@@ -31,6 +31,7 @@ const (
 
 const (
 	maxInstances = 16
+	maxManifest  = 16 << 10 // bytes, signed: all of them fit into one state
 	logSuffix    = "-log"
 )
 
@@ -98,6 +99,12 @@ func (k *Keep) withInstance(name string, i *instance) state {
 
 // adoptInstances makes runners follow the committed state.
 func (k *Keep) adoptInstances() {
+	k.adoptStreams()
+	k.workloads.set(k.st.Instances)
+}
+
+// adoptStreams makes the streams of the instances: an epoch begins with them.
+func (k *Keep) adoptStreams() {
 	if k.st.Tenant != "" {
 		k.gateway.Store(k.st.Gateway)
 	}
@@ -105,7 +112,6 @@ func (k *Keep) adoptInstances() {
 		k.sealer.addStream(name, func(c sealing.Cursor) { k.workloads.acked(name, c) })
 		k.sealer.addStream(name+logSuffix, func(sealing.Cursor) {})
 	}
-	k.workloads.set(k.st.Instances)
 }
 
 func newStateKey() tee.StateKey { return tee.StateKey{ID: random(8), Key: random(workload.KeySize)} }
@@ -124,7 +130,7 @@ func (k *Keep) deploy(c message.Command, item message.Item, next *state) (effect
 	if err != nil {
 		return nil, err
 	}
-	if err := k.mayRun(d.Instance, m, d.Inputs); err != nil {
+	if err := k.mayRun(d.Instance, len(d.Manifest), m, d.Inputs); err != nil {
 		return nil, err
 	}
 	if len(d.Inputs) != len(m.Input.Streams) {
@@ -155,7 +161,7 @@ func (k *Keep) deploy(c message.Command, item message.Item, next *state) (effect
 		}
 	}
 	*next = k.withInstance(d.Instance, &instance{
-		Phase: phaseLive, Manifest: d.Manifest, BundleKey: bundleKey, Epoch: e.Epoch, Keys: []tee.StateKey{newStateKey()}, Inputs: d.Inputs, Starts: starts, Line: e.Line,
+		Phase: phaseLive, Manifest: d.Manifest, BundleKey: bundleKey, Epoch: e.Epoch, Keys: []tee.StateKey{newStateKey()}, Inputs: d.Inputs, Starts: starts, Line: e.Line, Recover: recoverFrom(e),
 	})
 	return func() {
 		delete(k.moves, d.Instance) // offered before it was deployed here
@@ -174,9 +180,11 @@ func recoverFrom(e workload.Entry) []byte {
 }
 
 // mayRun says why an instance may not run here, or nil.
-func (k *Keep) mayRun(name string, m workload.Manifest, inputs []workload.Source) error {
+func (k *Keep) mayRun(name string, manifestSize int, m workload.Manifest, inputs []workload.Source) error {
 	old, known := k.st.Instances[name]
 	switch {
+	case manifestSize > maxManifest:
+		return fmt.Errorf("the manifest has %d bytes, at most %d are kept", manifestSize, maxManifest)
 	case k.cfg.RunnerUID == NoRunners:
 		return errors.New("this gateway runs no workloads: its keep has no [runners] configured")
 	case known && old.Phase != phaseReleased && old.Phase != phaseHolding:
@@ -399,9 +407,9 @@ var phaseNames = map[int]string{
 	phaseLive: "live", phaseFrozen: "frozen", phaseReleased: "moved away", phaseHolding: "moving here", phaseStopped: "stopped",
 }
 
-// tick repeats what has not been answered: other gateways and the ledger may be
-// away for long.
-func (k *Keep) tick(ctx context.Context) {
+// Repeat repeats until ctx ends what has not been answered: other gateways and the
+// ledger may be away for long.
+func (k *Keep) Repeat(ctx context.Context) {
 	t := time.NewTicker(500 * time.Millisecond)
 	defer t.Stop()
 	for {

@@ -20,7 +20,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -339,7 +338,7 @@ func (k *Keep) oldest(r tee.Oldest) (tee.Message, error) {
 	if k.phase != tee.PhaseEnrolled {
 		return tee.Message{}, fmt.Errorf("the keep is %s", k.phase)
 	}
-	if len(r.Epoch) != len(sealing.Epoch{}) || len(r.Head) != sha256.Size || !slices.Contains(k.sealer.streams(), r.Stream) {
+	if len(r.Epoch) != len(sealing.Epoch{}) || len(r.Head) != sha256.Size || !attest.ValidName(r.Stream) { // a stream of a workload that left is none of ours any more
 		return tee.Message{}, errors.New("not a place in a stream of this keep")
 	}
 	msg, err := sealing.Checkpoint{

@@ -123,7 +123,7 @@ func (k *Keep) refuse(name, to string, attempt []byte, reason error) {
 func (k *Keep) resendAll() {
 	for _, name := range slices.Sorted(maps.Keys(k.moves)) {
 		mv := k.moves[name]
-		if time.Since(mv.began) > movePatience {
+		if time.Since(mv.began) > movePatience && time.Since(k.workloads.progressed(name)) > movePatience {
 			k.giveUp(name, fmt.Errorf("%s did not answer in %s", mv.peer, movePatience))
 		} else if mv.source && mv.stage == workload.KindReceived && !k.workloads.has(name, mv.runner) {
 			k.giveUp(name, errors.New("the runner that sent the state ended"))
@@ -580,7 +580,7 @@ func (k *Keep) offered(c workload.Control) error {
 	}
 	m, err := workload.VerifyManifest(k.roots.Operator, c.Manifest)
 	if err == nil {
-		err = k.mayRun(c.Instance, m, c.Inputs)
+		err = k.mayRun(c.Instance, len(c.Manifest), m, c.Inputs)
 	}
 	if err == nil && known && i.Phase == phaseReleased && c.Epoch <= i.Epoch {
 		err = fmt.Errorf("instance %s has moved on since epoch %d", c.Instance, c.Epoch)
@@ -799,6 +799,7 @@ func (w *workloads) frame(e workload.Envelope) error {
 		if e.Kind == workload.KindFrame {
 			w.send(st.runner, tee.KindFrame, tee.Frame{N: f.N, Data: f.Data}, len(f.Data)+64)
 		} else {
+			st.progress = time.Now()
 			w.send(st.runner, tee.KindFrameAck, tee.FrameAck{N: f.N}, 64)
 		}
 		return nil
@@ -843,6 +844,16 @@ func (w *workloads) has(name string, r *runner) bool {
 	defer w.mu.Unlock()
 	st := w.run[name]
 	return r != nil && st != nil && st.runner == r
+}
+
+// progressed is when the other side of a move last took something.
+func (w *workloads) progressed(name string) time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st := w.run[name]; st != nil {
+		return st.progress
+	}
+	return time.Time{}
 }
 
 func (w *workloads) final(name string) *tee.Final {

@@ -59,6 +59,7 @@ type running struct {
 	report   tee.Report
 	newest   []byte         // head of the newest state that was committed here
 	acked    sealing.Cursor // newest result that is durable
+	progress time.Time      // when the other side of a move last took something
 	recover  []byte         // blob that it goes on from
 	starts   int            // in a row that did not last
 	after    time.Time
@@ -106,7 +107,6 @@ func newWorkloads(k *Keep) *workloads {
 func (k *Keep) Runners(ctx context.Context, l net.Listener) error {
 	g, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, func() { l.Close() })()
-	g.Go(func() error { k.tick(ctx); return nil })
 	for {
 		conn, err := l.Accept()
 		if err != nil {

@@ -150,7 +150,7 @@ func (s *sealer) emit(name, session string, first uint64, readings []sealing.Rea
 		return false
 	}
 	for i, r := range readings {
-		for (s.queued >= maxQueued || s.subject == "") && !s.draining {
+		for (s.queued >= maxQueued/2 || s.subject == "") && !s.draining { // the other half is the drivers'
 			s.room.Wait()
 		}
 		if s.draining {

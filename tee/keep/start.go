@@ -200,7 +200,7 @@ func (k *Keep) openState(id *identity) error {
 	}
 	k.st = st
 	if st.Tenant != "" {
-		k.adoptInstances() // its streams begin with the epoch
+		k.adoptStreams()
 	}
 	return nil
 }
@@ -293,6 +293,7 @@ func (k *Keep) openEpoch(st state) (tee.Outcome, error) {
 		k.phase, k.reason = tee.PhaseNew, "not enrolled: an operator has to approve it"
 		if k.st.Tenant != "" {
 			k.phase, k.reason = tee.PhaseEnrolled, ""
+			k.adoptInstances() // not before: runners get keys
 			k.sealer.begin(beginning{subject: k.subject(), data: k.roots.Data, epoch: epoch, previous: previous, known: known, ends: k.st.Ends})
 		}
 		k.log.Info("epoch opened", "epoch", epoch.String(), "phase", k.phase)

@@ -119,7 +119,7 @@ func TestOldest(t *testing.T) {
 	for name, r := range map[string]tee.Oldest{
 		"a short epoch": {Stream: "a", Epoch: c.Epoch[1:], Head: c.Head},
 		"a short head":  {Stream: "a", Epoch: c.Epoch, Head: c.Head[1:]},
-		"no stream":     {Stream: "c", Epoch: c.Epoch, Head: c.Head},
+		"no stream":     {Stream: "c/d", Epoch: c.Epoch, Head: c.Head},
 	} {
 		_, err = r.Do(g.ctx(), g)
 		wantRefusal(t, name, err, "not a place in a stream")

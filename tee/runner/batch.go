@@ -27,8 +27,8 @@ func (s *session) turn(ctx context.Context) error {
 	if err := s.gather(); err != nil {
 		return err
 	}
-	if s.out != nil && s.out.ready(s) {
-		return s.depart(ctx)
+	if s.out != nil && s.out.ready() {
+		return s.nearlyGone(ctx)
 	}
 	if s.batchDue() {
 		if err := s.batch(ctx); err != nil {
@@ -61,11 +61,8 @@ func (s *session) enqueue(r record) {
 	if len(s.queue) == 0 {
 		s.since = time.Now()
 	}
-	if s.cursors[r.input].Skip > uint64(len(r.readings)) { // the state says that more of it was consumed than there is
-		s.cursors[r.input].Skip = 0
-	}
-	s.waiting += len(r.readings)
 	s.queue = append(s.queue, r)
+	s.count(s.cursors)
 }
 
 func (s *session) batchDue() bool {
@@ -154,26 +151,36 @@ func (s *session) batch(ctx context.Context) error {
 func (s *session) take() (readings []sealing.Reading, after []workload.Cursor) {
 	after = append(after, s.cursors...)
 	room := int(s.manifest.Input.Batch)
-	for len(s.queue) > 0 {
+	for len(s.queue) > 0 && room > 0 {
 		r := s.queue[0]
 		at := &after[r.input]
-		rest := r.readings[at.Skip:]
+		rest := r.readings[min(at.Skip, uint64(len(r.readings))):]
 		if len(rest) > room {
-			readings = append(readings, rest[:room]...)
+			rest = rest[:room]
 			at.Skip += uint64(room)
-			s.waiting -= room
-			return readings, after
+		} else {
+			*at, s.queue = r.cursor, s.queue[1:]
 		}
-		readings = append(readings, rest...)
-		room -= len(rest)
-		s.waiting -= len(rest)
-		*at, s.queue = r.cursor, s.queue[1:]
-		if room == 0 {
-			break
-		}
+		readings, room = append(readings, rest...), room-len(rest)
 	}
+	s.count(after)
 	s.since = time.Now()
 	return readings, after
+}
+
+// count counts the readings in the queue that were not consumed: of an input's
+// first record, Skip were.
+func (s *session) count(cursors []workload.Cursor) {
+	s.waiting = 0
+	seen := map[int]bool{}
+	for _, r := range s.queue {
+		n := len(r.readings)
+		if !seen[r.input] {
+			n -= int(min(cursors[r.input].Skip, uint64(n)))
+			seen[r.input] = true
+		}
+		s.waiting += n
+	}
 }
 
 // call runs the guest for one batch, under its budget.
@@ -193,7 +200,7 @@ func (s *session) keepResults(out []byte) error {
 		s.pack.Add(r)
 		s.line++
 		s.results++
-		if s.pack.Size() >= maxPack {
+		if s.pack.Size() >= maxPack || s.pack.Readings() >= maxPackReadings {
 			s.closePack()
 		}
 	}
@@ -243,17 +250,17 @@ func (s *session) save(ctx context.Context, full bool) error {
 		return fmt.Errorf("capturing state: %w", err)
 	}
 	d.Cursors, d.Line, d.Results = s.cursors, s.line, s.packs
+	if s.out != nil { // goes out while the disk here works: the target opens it only after the keep has heard of its end
+		if err := s.out.mirror(s, d, pages); err != nil {
+			return err
+		}
+	}
 	began := s.next
 	if err := s.append(ctx, d, pages); err != nil {
 		return fmt.Errorf("committing: %w", err)
 	}
 	if full {
 		s.cuts = append(s.cuts, cut{began, s.line - uint64(s.results)})
-	}
-	if s.out != nil {
-		if err := s.out.mirror(s, d, pages); err != nil {
-			return err
-		}
 	}
 	s.dirty, s.committed = false, time.Now()
 	s.report.Newest = s.sealer.Head()
@@ -398,6 +405,7 @@ func (s *session) fresh(ctx context.Context) error {
 	for _, in := range s.assign.Inputs {
 		s.cursors = append(s.cursors, workload.Cursor{Gateway: in.Gateway, Stream: in.Stream, Epoch: in.Epoch, Seq: in.Seq, Head: in.Head})
 	}
+	s.line = s.assign.Line // of an earlier instance of this name, perhaps
 	if err := s.newSealer(nil, 0); err != nil {
 		return err
 	}

@@ -21,6 +21,7 @@ import (
 const (
 	maxReadings = 10_000
 	maxText     = 64 << 10 // bytes of a line
+	maxValue    = 16 << 10 // bytes of a text: it fits a record of its stream
 	maxName     = 1024     // bytes of a name
 	csvHeader   = "name,time,value,unit\n"
 )
@@ -155,7 +156,7 @@ func check(r sealing.Reading) error {
 			return errors.New("a value is no number")
 		}
 	case string:
-		if len(v) > maxText || !utf8.ValidString(v) {
+		if len(v) > maxValue || !utf8.ValidString(v) {
 			return errors.New("a text is too long or no UTF-8")
 		}
 	}

@@ -74,7 +74,7 @@ func (w *Worker) Run(ctx context.Context, conn net.Conn) error {
 		acks: make(chan uint64, 1), told: make(chan struct{}, 1), records: make(chan record, 16),
 	}
 	if err := s.d.Send(tee.KindHello, tee.Hello{
-		Version: w.cfg.Version, Arch: runtime.GOARCH, Compiler: w.host.Compiler(), Protection: "", Rewriter: wasm.Version,
+		Version: w.cfg.Version, Arch: runtime.GOARCH, Compiler: w.host.Compiler(), Rewriter: wasm.Version,
 	}); err != nil {
 		return err
 	}
@@ -119,13 +119,14 @@ func (w *Worker) Run(ctx context.Context, conn net.Conn) error {
 }
 
 const (
-	maxInfers   = 64
-	sendWindow  = 128       // frames under way to another runner
-	maxEntries  = 600 << 10 // bytes of parts in one append
-	maxResults  = 512 << 10 // bytes of results that wait for a commit
-	maxPack     = 256 << 10 // bytes of results in one pack, but for the last of them
-	minFull     = 4 << 20   // bytes of deltas after which a full one is written, at least
-	reportEvery = time.Second
+	maxInfers       = 64
+	sendWindow      = 128       // frames under way to another runner
+	maxEntries      = 600 << 10 // bytes of parts in one append
+	maxResults      = 512 << 10 // bytes of results that wait for a commit
+	maxPack         = 256 << 10 // bytes of results in one pack, but for the last of them
+	maxPackReadings = 4096      // what a decoder of packs takes is more
+	minFull         = 4 << 20   // bytes of deltas after which a full one is written, at least
+	reportEvery     = time.Second
 )
 
 // session is one instance's life in this process.

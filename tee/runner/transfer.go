@@ -21,8 +21,11 @@ type outgoing struct {
 	base   uint64
 	sent   uint64 // parts sent, since the last acknowledgement that moved
 	moved  time.Time
+	window uint64        // parts that may be under way
+	again  time.Duration // without an acknowledgement, until they are sent again
 	began  time.Time
 	size   int // bytes in the queue
+	rounds int // commits when the source was about to stop
 	final  bool
 }
 
@@ -30,6 +33,7 @@ const (
 	resendAfter = 500 * time.Millisecond
 	nearly      = 256 << 10 // bytes under way at which the source stops
 	maxQueued   = 1 << 30
+	maxRounds   = 3
 )
 
 // under is how many bytes are not acknowledged.
@@ -57,7 +61,7 @@ func (s *session) beginMove(ctx context.Context, m tee.Send) error {
 	if err != nil {
 		return err
 	}
-	s.out = &outgoing{send: m, sealer: sealer, began: time.Now(), moved: time.Now()}
+	s.out = &outgoing{send: m, sealer: sealer, window: sendWindow, again: resendAfter, began: time.Now(), moved: time.Now()}
 	d, pages, err := s.guest.Capture(true)
 	if err != nil {
 		return fmt.Errorf("capturing state: %w", err)
@@ -83,7 +87,7 @@ func (o *outgoing) mirror(s *session, d workload.Delta, pages workload.Pages) er
 
 // pump sends what the window allows.
 func (o *outgoing) pump(s *session) error {
-	for ; o.sent < uint64(len(o.queue)) && o.sent < sendWindow; o.sent++ {
+	for ; o.sent < uint64(len(o.queue)) && o.sent < o.window; o.sent++ {
 		f := tee.Frame{N: o.base + o.sent, Data: o.queue[o.sent]}
 		if err := s.post(tee.JobFrame, f); err != nil {
 			return err
@@ -109,15 +113,17 @@ func (o *outgoing) acked(s *session, n uint64) error {
 	o.queue, o.base = append([][]byte(nil), o.queue[k:]...), n
 	o.sent -= min(k, o.sent)
 	o.moved = time.Now()
+	o.window, o.again = min(o.window+k, sendWindow), resendAfter
 	return o.pump(s)
 }
 
 // resend begins again behind what was acknowledged, when that stands still.
 func (o *outgoing) resend(s *session) error {
-	if len(o.queue) == 0 || time.Since(o.moved) < resendAfter {
+	if len(o.queue) == 0 || time.Since(o.moved) < o.again {
 		return nil
 	}
 	o.sent, o.moved = 0, time.Now()
+	o.window, o.again = max(o.window/4, 4), min(2*o.again, 8*time.Second) // what is lost is lost for want of room, as a rule
 	return o.pump(s)
 }
 
@@ -125,11 +131,22 @@ func (o *outgoing) wait() time.Duration {
 	if len(o.queue) == 0 {
 		return time.Second
 	}
-	return max(0, resendAfter-time.Since(o.moved))
+	return max(0, o.again-time.Since(o.moved))
 }
 
 // ready reports whether so little is left that the source may stop for it.
-func (o *outgoing) ready(s *session) bool { return !o.final && o.size <= nearly }
+func (o *outgoing) ready() bool { return !o.final && o.size <= nearly }
+
+// nearlyGone is the end of a move away: what has run since the last commit goes out
+// while batches still run, so that little is left for the last delta. Batches that
+// change more than the connection carries cannot put it off for ever.
+func (s *session) nearlyGone(ctx context.Context) error {
+	if s.dirty && s.out.rounds < maxRounds {
+		s.out.rounds++
+		return s.save(ctx, false)
+	}
+	return s.depart(ctx)
+}
 
 // depart is the last commit: its state goes out under the snapshot key. Nothing
 // runs from here on, unless the move does not come about.
@@ -146,7 +163,7 @@ func (s *session) depart(ctx context.Context) error {
 	}
 	told := false
 	for {
-		if !told && len(o.queue) == 0 && s.durable() >= s.line {
+		if !told && len(o.queue) == 0 { // the keep waits until the cloud has the results, and seals them at once
 			told = true
 			if err := s.d.Send(tee.KindFinal, tee.Final{Head: o.sealer.Head(), Line: s.line}); err != nil {
 				return err

@@ -61,6 +61,26 @@ func TestRecover(t *testing.T) {
 	if c.count != n || c.sum != float64(sum) {
 		t.Errorf("counted %.0f with the sum %.0f, it was %d and %d", c.count, c.sum, n, sum)
 	}
+	// It went on from the checkpoint, and did not begin again: the first line that
+	// the other box sealed is the one after it.
+	first := uint64(0)
+	reader, err := b.consumer.Reader(other.Name, "counter")
+	b.must(err)
+	b.until("results of the other box", func() error {
+		opened, err := reader.Next(b.ctx, time.Second)
+		for _, o := range opened {
+			if n := uint64(len(o.Readings)); n > 0 && first == 0 {
+				first = o.Cursor.Line - n + 1
+			}
+		}
+		if err == nil && first == 0 {
+			err = errors.New("there are none")
+		}
+		return err
+	})
+	if newest.Line == 0 || first != newest.Line+1 {
+		t.Errorf("the checkpoint ends with line %d, the first line after it is %d", newest.Line, first)
+	}
 	t.Logf("checkpoint at line %d; %d lines in all", newest.Line, c.line)
 
 	b.must(edge.Boot(b.ctx))

@@ -46,7 +46,6 @@ func newSealer(t testing.TB, prev []byte, next uint64) *StateSealer {
 
 // collected is a sink that remembers everything.
 type collected struct {
-	deltas []*Delta
 	pages  map[place]string // of memory by single page
 	order  []string
 	err    error

@@ -59,7 +59,7 @@ func supervise(ctx context.Context, conn *net.UnixConn, interpreter bool, stderr
 			}
 		}
 		_ = cmd.Process.Kill()
-		<-ended
+		_ = <-ended // that it was killed is known
 		return errors.Join(ctx.Err(), errHungUp)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -77,7 +78,7 @@ type node struct {
 	*gateway
 	f      *fabric
 	name   string
-	life   context.Context
+	life   context.Context //nolint:containedctx // of the fake: it ends with the test
 	end    context.CancelFunc
 	logs   map[string][][]byte
 	served sync.WaitGroup
@@ -205,7 +206,6 @@ type deployment struct {
 	entry  workload.Entry
 	arg    string
 	over   []byte // the command that the entry answers, if another
-	by     func(*deployment)
 }
 
 // order makes a command to deploy; edit may change each part of it.
@@ -499,16 +499,17 @@ func (f *fabric) until(what string, done func() bool) {
 }
 
 func (f *fabric) describe() string {
-	s := fmt.Sprintf("ledger %+v", f.ledger)
+	var s strings.Builder
+	s.WriteString(fmt.Sprintf("ledger %+v", f.ledger))
 	for name, n := range f.nodes {
 		for i, inst := range n.keep.st.Instances {
-			s += fmt.Sprintf("; %s: %s %s epoch %d", name, i, phaseNames[inst.Phase], inst.Epoch)
+			s.WriteString(fmt.Sprintf("; %s: %s %s epoch %d", name, i, phaseNames[inst.Phase], inst.Epoch))
 		}
-		s += fmt.Sprintf("; %d moves, %d entries", len(n.keep.moves), len(n.logs["i"]))
+		s.WriteString(fmt.Sprintf("; %d moves, %d entries", len(n.keep.moves), len(n.logs["i"])))
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return s + fmt.Sprintf("; wrong: %v", f.wrong)
+	return s.String() + fmt.Sprintf("; wrong: %v", f.wrong)
 }
 
 func (f *fabric) complain(format string, args ...any) {

@@ -28,7 +28,7 @@ func (s *session) checkpoint(ctx context.Context) error {
 	if err != nil {
 		s.uploading.Unlock()
 		s.note("no checkpoint: " + err.Error())
-		return nil
+		return nil //nolint:nilerr // the workload goes on without
 	}
 	sealer, err := workload.NewStateSealer(s.assign.Instance, key.Key.ID, key.Key.Key, nil, 0, rand.Reader)
 	if err != nil {

@@ -92,8 +92,12 @@ func TestDecodeResults(t *testing.T) {
 		{workload.JSON, `{"n":"a","v":9007199254740993,"t":0}`, []sealing.Reading{{Name: "a", Value: int64(9007199254740993)}}},
 		{workload.CSV, csvHeader, nil},
 		{workload.CSV, csvHeader + "a,,1,\nb,2,x y,V\nc,3,true,\nd,4,007,\ne,5,,\nf,6,0x1p4,\n", []sealing.Reading{
-			{Name: "a", Time: now, Value: int64(1)}, {Name: "b", Unit: "V", Time: 2e9, Value: "x y"}, {Name: "c", Time: 3e9, Value: true},
-			{Name: "d", Time: 4e9, Value: "007"}, {Name: "e", Time: 5e9, Value: ""}, {Name: "f", Time: 6e9, Value: "0x1p4"},
+			{Name: "a", Time: now, Value: int64(1)},
+			{Name: "b", Unit: "V", Time: 2e9, Value: "x y"},
+			{Name: "c", Time: 3e9, Value: true},
+			{Name: "d", Time: 4e9, Value: "007"},
+			{Name: "e", Time: 5e9, Value: ""},
+			{Name: "f", Time: 6e9, Value: "0x1p4"},
 		}},
 	} {
 		got, err := decodeResults(c.format, []byte(c.in), testNow)

@@ -410,7 +410,7 @@ func (s *session) work(ctx context.Context) error {
 		s.group.Go(func() error {
 			err := in.run(reading, s.records)
 			if reading.Err() != nil {
-				return nil
+				err = nil // it was told to end
 			}
 			return err
 		})

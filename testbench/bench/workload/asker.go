@@ -104,15 +104,17 @@ func (a *asker) ask(ctx context.Context, g at, instance, input string) (refused 
 	return true, err
 }
 
-// answered asks until there is an answer.
+const patience = time.Minute
+
+// answered asks until there is an answer, and says how long the last question took.
 func (a *asker) answered(ctx context.Context, g at, instance, input string) (time.Duration, error) {
-	for {
+	for first := time.Now(); ; {
 		began := time.Now()
 		refused, err := a.ask(ctx, g, instance, input)
 		if err == nil {
 			return time.Since(began), nil
 		}
-		if !refused || ctx.Err() != nil {
+		if !refused || ctx.Err() != nil || time.Since(first) > patience {
 			return 0, err
 		}
 		time.Sleep(time.Millisecond)

@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
+	"os"
 	"path/filepath"
 	"time"
 
@@ -26,9 +27,10 @@ import (
 // it got before, whatever the answer: a client that may wait for an instance to
 // arrive, and shall not have the gateway attest meanwhile.
 type asker struct {
-	kit *client.Kit
-	nc  *nats.Conn
-	op  *client.Client
+	kit   *client.Kit
+	nc    *nats.Conn
+	key   hpke.PrivateKey
+	grant []byte // for key
 }
 
 func newAsker(r *rig.Rig) (*asker, error) {
@@ -50,7 +52,14 @@ func newAsker(r *rig.Rig) (*asker, error) {
 	}
 	nc, err := nats.Connect(kit.Server, nats.CustomInboxPrefix(cloud.Inbox(leaf)),
 		nats.Secure(&tls.Config{RootCAs: pool, Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS13}))
-	return &asker{kit: kit, nc: nc}, err
+	if err != nil {
+		return nil, err
+	}
+	a := &asker{kit: kit, nc: nc}
+	if a.key, err = kit.ConsumerKey(); err == nil {
+		a.grant, err = os.ReadFile(filepath.Join(kit.Dir, "grant.cbor"))
+	}
+	return a, err
 }
 
 // at is a gateway that requests can be sealed to.
@@ -83,11 +92,7 @@ func (a *asker) at(ctx context.Context, gateway string) (at, error) {
 // ask puts a request. It takes an error as an answer of the keep when refused is
 // true, of anything else when it is not.
 func (a *asker) ask(ctx context.Context, g at, instance, input string) (refused bool, err error) {
-	key, err := hpke.MLKEM768P256().GenerateKey()
-	if err != nil {
-		return false, err
-	}
-	r := workload.Request{Input: []byte(input), Reply: cose.MarshalHPKEKey(key.PublicKey()), ID: make([]byte, 16)}
+	r := workload.Request{Input: []byte(input), Reply: cose.MarshalHPKEKey(a.key.PublicKey()), ID: make([]byte, 16), Grant: a.grant}
 	rand.Read(r.ID) // never fails
 	subject := a.kit.Tenant + "/" + g.name
 	sealed, err := r.Seal(subject, instance, g.nonce, g.to)
@@ -100,7 +105,7 @@ func (a *asker) ask(ctx context.Context, g at, instance, input string) (refused 
 	if err != nil {
 		return false, err
 	}
-	_, _, err = workload.OpenResponse(g.signer, subject, instance, sealed, got.Data, key)
+	_, _, err = workload.OpenResponse(g.signer, subject, instance, sealed, got.Data, a.key)
 	return true, err
 }
 

@@ -8,7 +8,10 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"edgekeep/cloud/client"
 	"edgekeep/tee/message"
@@ -40,6 +43,9 @@ func prepare(ctx context.Context, short bool) (*bench, error) {
 	if err := os.Chmod(dir, 0o755); err != nil { // programs in it are for runners of another user
 		return b, errors.Join(err, b.end())
 	}
+	// As the service manager would: guest memory is locked, and the usual limit is
+	// 8 MiB. Who is not root measures what there is.
+	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	fmt.Println("building …")
 	if err := b.build(ctx); err != nil {
 		return b, errors.Join(err, b.end())
@@ -69,6 +75,23 @@ func (b *bench) down() error {
 	}
 	b.op, b.asker, b.rig = nil, nil, nil
 	return err
+}
+
+// logs are the ends of what the programs wrote, for when something went wrong.
+func (b *bench) logs() string {
+	var s strings.Builder
+	paths, _ := filepath.Glob(b.path("rig-*/logs/*")) // a constant pattern
+	for _, path := range paths {
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			continue
+		}
+		lines := strings.Split(strings.TrimSpace(string(raw)), "\n")
+		for _, line := range lines[max(0, len(lines)-5):] {
+			fmt.Fprintf(&s, "%s: %s\n", filepath.Base(path), line)
+		}
+	}
+	return s.String()
 }
 
 func (b *bench) path(parts ...string) string {

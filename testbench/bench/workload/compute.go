@@ -11,7 +11,6 @@ import (
 
 	"edgekeep/sealing"
 	"edgekeep/tee"
-	"edgekeep/testbench/rig"
 	"edgekeep/workload"
 	"edgekeep/workload/examples/anomaly/detect"
 )
@@ -329,5 +328,3 @@ func workerOf(runner int) (int, error) {
 	}
 	return 0, fmt.Errorf("runner %d has no worker", runner)
 }
-
-var _ = rig.Tenant

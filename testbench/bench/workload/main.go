@@ -80,7 +80,7 @@ func run(args []string) error {
 		}
 		fmt.Println(p.name, "…")
 		if err := p.do(ctx); err != nil {
-			return fmt.Errorf("%s: %w", p.name, err)
+			return fmt.Errorf("%s: %w\n%s", p.name, err, b.logs())
 		}
 	}
 	line, err := json.Marshal(b.figures)

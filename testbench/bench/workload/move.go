@@ -15,7 +15,6 @@ import (
 // moved is what came of moves with so much state.
 type moved struct {
 	down  []time.Duration // a client's view
-	gap   []time.Duration // between the results of the two epochs, by their times
 	total []time.Duration // from the command on
 	bytes []float64       // of sealed state
 	final []float64       // of them, after the source had stopped
@@ -43,8 +42,8 @@ func (b *bench) moves(ctx context.Context) error {
 }
 
 func (m moved) tell(mib int) {
-	fmt.Printf("  %d MiB: down %v, by results %v; final delta %.0f KiB, bare %v; the whole move %v\n",
-		mib, rounded(m.down), rounded(m.gap), median(m.final)/1024, median(m.bare).Round(time.Microsecond), rounded(m.total))
+	fmt.Printf("  %d MiB: down %v; final delta %.0f KiB, bare %v; the whole move %v\n",
+		mib, rounded(m.down), median(m.final)/1024, median(m.bare).Round(time.Microsecond), rounded(m.total))
 }
 
 func rounded(xs []time.Duration) (out []time.Duration) {

@@ -267,7 +267,8 @@ func Answer[Req, Rep any](ctx context.Context, b *Bus, subject, queue string, f 
 		select {
 		case slots <- struct{}{}:
 		default:
-			return // the caller times out and tries again
+			_ = m.Respond(busy)
+			return
 		}
 		go func() {
 			defer func() { <-slots }()
@@ -282,6 +283,9 @@ func Answer[Req, Rep any](ctx context.Context, b *Bus, subject, queue string, f 
 	context.AfterFunc(ctx, func() { _ = sub.Unsubscribe() })
 	return nil
 }
+
+// busy is the answer when no more requests are taken.
+var busy = cose.MustMarshal(reply{Error: "too many requests are under way: try again in a moment", Body: cose.Raw{0xf6}})
 
 // answer runs one request. A bug of ours that one caller has found must not stop
 // the others: it becomes an error of this answer.

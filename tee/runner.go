@@ -62,6 +62,8 @@ type Assign struct {
 	// Recover is the head of the checkpoint that an instance without a log goes on
 	// from; empty: it begins afresh.
 	Recover []byte `cbor:"10,keyasint,omitempty"`
+	// Arrived means that the instance came from another place: its log is not empty.
+	Arrived bool `cbor:"11,keyasint,omitempty"`
 }
 
 // StateKey is a key under which parts of the instance's log are sealed, and its

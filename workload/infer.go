@@ -45,6 +45,10 @@ type Response struct {
 	Module   []byte `cbor:"7,keyasint,omitempty"` // bundle id
 }
 
+// NewerVerdict ends the error of a keep that has not taken a request because of the
+// verdict that it goes by: the same input, sealed by a newer one, may be taken.
+const NewerVerdict = ": get a newer verdict"
+
 // MaxInput bounds a request's input, in bytes: the message has to fit a payload.
 const MaxInput = 64 << 10
 

@@ -98,12 +98,21 @@ type Entry struct {
 	Owner bool `cbor:"9,keyasint,omitempty"`
 	// Nonce is the SHA-256 of the claim that this answers; empty inside a claim.
 	Nonce []byte `cbor:"10,keyasint,omitempty"`
+	// Tenant and Inputs (InputsHash) are as the operator deployed them.
+	Tenant string `cbor:"11,keyasint"`
+	Inputs []byte `cbor:"12,keyasint"`
+}
+
+// InputsHash is what an entry says of the streams that an instance reads.
+func InputsHash(inputs []Source) []byte {
+	sum := sha256.Sum256(cose.MustMarshal(append([]Source{}, inputs...)))
+	return sum[:]
 }
 
 func (e Entry) validate() error {
 	if !ValidInstance(e.Instance) || e.Epoch == 0 || len(e.Holder) > 31 || len(e.Bundle) != sha256.Size ||
 		len(e.Attempt) != 0 && len(e.Attempt) != AttemptSize || len(e.Head) != 0 && len(e.Head) != sha256.Size ||
-		len(e.Receive) > 64 || len(e.Nonce) != 0 && len(e.Nonce) != sha256.Size {
+		!nodeName.MatchString(e.Tenant) || len(e.Inputs) != sha256.Size || len(e.Receive) > 64 || len(e.Nonce) != 0 && len(e.Nonce) != sha256.Size {
 		return errors.New("a field is missing or of the wrong size")
 	}
 	return nil

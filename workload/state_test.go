@@ -46,9 +46,9 @@ func newSealer(t testing.TB, prev []byte, next uint64) *StateSealer {
 
 // collected is a sink that remembers everything.
 type collected struct {
-	pages  map[place]string // of memory by single page
-	order  []string
-	err    error
+	pages map[place]string // of memory by single page
+	order []string
+	err   error
 }
 
 func (c *collected) Begin(d *Delta) error {
@@ -387,6 +387,34 @@ func sealPlain(t testing.TB, plain []byte, last bool) (part []byte) {
 		t.Fatal(err)
 	}
 	return part
+}
+
+// TestStateCheck: no altered part passes, and none of them keeps
+// the genuine one from being opened.
+func TestStateCheck(t *testing.T) {
+	parts := history(t)
+	o := newOpener(t, &collected{})
+	for i, part := range parts {
+		for bit := 0; bit < 8*len(part); bit += 1 + bit/2000*97 { // most of the header, some of the rest
+			altered := bytes.Clone(part)
+			altered[bit/8] ^= 1 << (bit % 8)
+			if o.Check(altered) == nil {
+				t.Fatalf("part %d with bit %d inverted passes", i, bit)
+			}
+		}
+		if i+1 < len(parts) && o.Check(parts[i+1]) == nil {
+			t.Errorf("part %d passes before its time", i+1)
+		}
+		if err := o.Check(part); err != nil {
+			t.Fatalf("part %d: %v", i, err)
+		}
+		if _, err := o.Open(part); err != nil {
+			t.Fatalf("part %d: %v", i, err)
+		}
+	}
+	if err := o.End(); err != nil {
+		t.Error(err)
+	}
 }
 
 func TestSealerRefuses(t *testing.T) {

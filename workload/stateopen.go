@@ -108,21 +108,41 @@ func (o *StateOpener) Open(part []byte) (*Delta, error) {
 	return d, nil
 }
 
-func (o *StateOpener) open(part []byte) (*Delta, error) {
+// Check says whether Open would find the part to be the next one and genuine. It
+// changes nothing: a part that somebody altered on its way can come again.
+func (o *StateOpener) Check(part []byte) error {
+	if o.failure != nil {
+		return o.failure
+	}
+	if _, _, _, err := o.decrypt(part); err != nil {
+		return fmt.Errorf("opening state: %w", err)
+	}
+	return nil
+}
+
+// decrypt opens a part that is the next one.
+func (o *StateOpener) decrypt(part []byte) (h partHeader, aead cipher.AEAD, plain []byte, err error) {
 	h, box, err := parsePart(part)
+	if err != nil {
+		return h, nil, nil, err
+	}
+	if aead, err = o.follow(&h); err != nil {
+		return h, nil, nil, fmt.Errorf("part %d of delta %d: %w", h.index, h.n, err)
+	}
+	if plain, err = aead.Open(o.plain[:0], h.nonce(), box, h.additional); err != nil {
+		return h, nil, nil, fmt.Errorf("part %d of delta %d: %w", h.index, h.n, StateCorrupted)
+	}
+	return h, aead, plain, nil
+}
+
+func (o *StateOpener) open(part []byte) (*Delta, error) {
+	h, aead, plain, err := o.decrypt(part)
 	if err != nil {
 		return nil, err
 	}
-	if err := o.follow(&h); err != nil {
-		return nil, fmt.Errorf("part %d of delta %d: %w", h.index, h.n, err)
-	}
-	plain, err := o.aead.Open(o.plain[:0], h.nonce(), box, h.additional)
-	if err != nil {
-		return nil, fmt.Errorf("part %d of delta %d: %w", h.index, h.n, StateCorrupted)
-	}
 	sum := sha256.Sum256(part)
 	h.prev = sum[:]
-	o.begun, o.last = true, h
+	o.begun, o.last, o.aead = true, h, aead
 	d, err := o.take(plain, h)
 	if err != nil {
 		return nil, fmt.Errorf("part %d of delta %d: %w", h.index, h.n, err)
@@ -130,37 +150,37 @@ func (o *StateOpener) open(part []byte) (*Delta, error) {
 	return d, nil
 }
 
-// follow checks that a part is the next one, and readies its key.
-func (o *StateOpener) follow(h *partHeader) error {
+// follow checks that a part is the next one, and returns its key.
+func (o *StateOpener) follow(h *partHeader) (cipher.AEAD, error) {
 	n, index := o.last.n, o.last.index+1
 	if o.last.last {
 		n, index = o.Next(), 0
 	}
 	switch {
 	case h.instance != o.instance:
-		return fmt.Errorf("instance %q instead of %q: %w", h.instance, o.instance, StateForeign)
+		return nil, fmt.Errorf("instance %q instead of %q: %w", h.instance, o.instance, StateForeign)
 	case !o.begun && h.index != 0:
-		return fmt.Errorf("the beginning of the delta is missing: %w", StateTruncated)
+		return nil, fmt.Errorf("the beginning of the delta is missing: %w", StateTruncated)
 	case h.index != index, o.begun && index == 0 && h.n != n:
-		return fmt.Errorf("expected part %d of delta %d: %w", index, n, StateOrder)
+		return nil, fmt.Errorf("expected part %d of delta %d: %w", index, n, StateOrder)
 	case index > 0 && (h.n != n || !bytes.Equal(h.key, o.last.key) || !bytes.Equal(h.salt, o.last.salt)):
-		return fmt.Errorf("the part before is of another delta: %w", StateMixed)
+		return nil, fmt.Errorf("the part before is of another delta: %w", StateMixed)
 	case o.begun && !bytes.Equal(h.prev, o.last.prev):
-		return fmt.Errorf("it follows another part than the one before: %w", StateMixed)
+		return nil, fmt.Errorf("it follows another part than the one before: %w", StateMixed)
 	}
 	if o.begun && bytes.Equal(h.key, o.last.key) && bytes.Equal(h.salt, o.last.salt) {
-		return nil
+		return o.aead, nil
 	}
 	for _, k := range o.keys {
 		if bytes.Equal(k.ID, h.key) {
 			key, err := stateKey(k.Key, h.salt)
-			if err == nil {
-				o.aead, err = NewAEAD(key)
+			if err != nil {
+				return nil, err
 			}
-			return err
+			return NewAEAD(key)
 		}
 	}
-	return fmt.Errorf("key %x: %w", h.key, StateUnknownKey)
+	return nil, fmt.Errorf("key %x: %w", h.key, StateUnknownKey)
 }
 
 // take reads the plaintext of a part.

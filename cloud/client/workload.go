@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"edgekeep/cloud/fleet"
@@ -232,7 +233,7 @@ func (c *Client) Infer(ctx context.Context, gateway, instance string, input []by
 			return Inference{}, err
 		}
 		out, err := c.inferUnder(ctx, v, gateway, instance, input)
-		if errors.Is(err, errAnswer) && kept { // the keep may have been restarted since
+		if errors.Is(err, errRenew) && kept { // the keep may have been restarted since
 			c.mu.Lock()
 			delete(c.verdicts, gateway)
 			c.mu.Unlock()
@@ -242,8 +243,10 @@ func (c *Client) Infer(ctx context.Context, gateway, instance string, input []by
 	}
 }
 
-// errAnswer means that an answer came which is no result.
-var errAnswer = errors.New("no result")
+// errRenew means that an answer came which is no result, and that it may be for the
+// verdict. Any other refusal is the keep's last word: the request was taken, and must
+// not be taken twice.
+var errRenew = errors.New("no result")
 
 // vouched returns a verdict on a gateway, one that was used before if it is young
 // enough.
@@ -316,8 +319,11 @@ func (c *Client) inferUnder(ctx context.Context, v attest.Verdict, gateway, inst
 		return Inference{}, err
 	}
 	out, rsp, err := workload.OpenResponse(signer, subject, instance, sealed, got.Data, key)
+	if err != nil && (rsp.Error == "" || strings.HasSuffix(rsp.Error, workload.NewerVerdict)) {
+		return Inference{}, fmt.Errorf("%w: %w", errRenew, err)
+	}
 	if err != nil {
-		return Inference{}, fmt.Errorf("%w: %w", errAnswer, err)
+		return Inference{}, err
 	}
 	return Inference{Output: out, Response: rsp, Verdict: v}, nil
 }

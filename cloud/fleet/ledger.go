@@ -58,14 +58,14 @@ const maxHistory = 4096
 // Accepts reports whether a result counts that a gateway sealed under this epoch
 // as this line: that it held the instance then, and that the line is after those
 // of the epochs before and not after the last that the next epoch has taken over.
-// What is older than the history is only held against where that begins.
+// What is older than the history does not count any more.
 func (r Record) Accepts(gateway string, epoch, line uint64) bool {
 	if len(r.History) == 0 || epoch == 0 || epoch > r.Entry.Epoch {
 		return false
 	}
 	first := r.History[0]
 	if epoch < first.Epoch {
-		return line <= first.Line
+		return false // nobody remembers who held it then
 	}
 	i := epoch - first.Epoch
 	at := r.History[i]
@@ -103,6 +103,12 @@ func VerifyRecord(pub *ecdsa.PublicKey, msg []byte) (Record, error) {
 // advance makes e the current entry.
 func (r *Record) advance(e workload.Entry, by string, now time.Time) {
 	e.Nonce = nil
+	if r.Entry.Epoch > 0 && e.Inputs == nil {
+		e.Inputs = r.Entry.Inputs
+	}
+	if r.Entry.Epoch > 0 {
+		e.Tenant = r.Entry.Tenant
+	}
 	r.Entry = e
 	r.History = append(r.History, Event{
 		Epoch: e.Epoch, Holder: e.Holder, Line: e.Line, Owner: e.Owner, Attempt: e.Attempt, By: by, Time: now.Unix(),
@@ -163,6 +169,9 @@ func (f *Fleet) claim(ctx context.Context, t mqtt.Topic, msg []byte) ([]byte, er
 			return nil, fmt.Errorf("claim: it takes over line %d, but results up to line %d are stored", c.Entry.Line, stored)
 		}
 		c.Entry.Line = max(c.Entry.Line, stored)
+		if c.Entry.Tenant != t.Tenant || !bytes.Equal(c.Entry.Inputs, r.Entry.Inputs) {
+			return nil, errors.New("claim: it is about another tenant's instance, or other inputs")
+		}
 		if moved {
 			r.Moves++
 		}
@@ -323,6 +332,7 @@ func (f *Fleet) enter(ctx context.Context, tenant string, d deployment) error {
 		r.Manifest, r.Moves, r.Deploy = d.body.Manifest, 0, d.order
 		r.advance(workload.Entry{
 			Instance: d.body.Instance, Epoch: d.order.Epoch, Holder: d.gateway, Bundle: bundle, Line: r.Entry.Line,
+			Tenant: tenant, Inputs: workload.InputsHash(d.body.Inputs),
 		}, "operator", f.Now())
 		return nil
 	})

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -139,6 +140,7 @@ func bundle(t testing.TB, change func(*workload.Manifest)) []byte {
 
 // deployment is the command that deploys.
 func (g *gateway) deployment(sequence uint64, instance string, manifest []byte) message.Command {
+	readers.Store(instance, g.name)
 	c := g.command(sequence, message.WorkloadDeploy)
 	c.Args = map[string]string{"instance": instance}
 	c.Body = cose.MustMarshal(workload.Deploy{
@@ -185,7 +187,20 @@ func (g *gateway) claimed(claim []byte) (workload.Entry, string) {
 
 func (g *gateway) claim(from uint64, e workload.Entry) []byte { return signClaim(g.key, from, e) }
 
+// readers are the gateways whose stream "temp" instances read: those where they were
+// deployed.
+var readers sync.Map
+
+func inputsOf(instance string) []byte {
+	g, _ := readers.Load(instance)
+	name, _ := g.(string)
+	return workload.InputsHash([]workload.Source{{Gateway: name, Stream: "temp"}})
+}
+
 func signClaim(key *ecdsa.PrivateKey, from uint64, e workload.Entry) []byte {
-	e.Epoch = from + 1
+	e.Epoch, e.Tenant = from+1, "acme"
+	if e.Inputs == nil {
+		e.Inputs = inputsOf(e.Instance)
+	}
 	return must(workload.Claim{Instance: e.Instance, From: from, Entry: e}.Sign(key))
 }

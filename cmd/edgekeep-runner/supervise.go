@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"os/exec"
@@ -32,6 +33,10 @@ func supervise(ctx context.Context, conn *net.UnixConn, interpreter bool, stderr
 	}
 	self, err := os.Executable()
 	if err != nil {
+		return fmt.Errorf("starting a worker: %w", err)
+	}
+	// What this process was started with, the worker does not get.
+	if err := unix.CloseRange(3, math.MaxUint32, unix.CLOSE_RANGE_CLOEXEC); err != nil && !errors.Is(err, unix.ENOSYS) {
 		return fmt.Errorf("starting a worker: %w", err)
 	}
 	args := []string{"--worker"}
@@ -64,6 +69,9 @@ func supervise(ctx context.Context, conn *net.UnixConn, interpreter bool, stderr
 	}
 }
 
+// maxData bounds the worker's own memory, in bytes.
+const maxData = 1536 << 20
+
 var errHungUp = errors.New("the keep hung up")
 
 // hungUp reports whether the other side of a connection has closed it.
@@ -78,6 +86,12 @@ func hungUp(conn syscall.RawConn) (yes bool) {
 
 // confine takes from the worker everything but the connection and its memory.
 func confine() error {
+	// What the worker allocates itself: guest memory does not count. Compiling a
+	// module that was made for it would take all there is.
+	limit := unix.Rlimit{Cur: maxData, Max: maxData}
+	if err := unix.Setrlimit(unix.RLIMIT_DATA, &limit); err != nil {
+		return fmt.Errorf("limiting memory: %w", err)
+	}
 	_, err := sandbox.Apply(sandbox.Policy{Alone: true})
 	return err
 }

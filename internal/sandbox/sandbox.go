@@ -62,6 +62,9 @@ func Apply(p Policy) (map[string]bool, error) {
 	if !seccomp.Supported() {
 		return held, nil
 	}
+	if err := nativeOnly(); err != nil {
+		return held, fmt.Errorf("restricting system calls with seccomp: %w", err)
+	}
 	if err := seccomp.LoadFilter(filter(p.Alone)); err != nil {
 		return held, fmt.Errorf("restricting system calls with seccomp: %w", err)
 	}

@@ -45,12 +45,12 @@ func (k *Keep) takeRequest(nonce, hash []byte) error {
 			return errors.New("this request was taken before")
 		}
 		if len(a.taken) >= maxRequests {
-			return errors.New("too many requests under this verdict: get a newer one")
+			return errors.New("too many requests under this verdict" + workload.NewerVerdict)
 		}
 		a.taken[string(hash)] = struct{}{}
 		return nil
 	}
-	return errors.New("the request goes by a verdict on evidence that this keep has not given since it started, or long ago: get a newer one")
+	return errors.New("the request goes by a verdict on evidence that this keep has not given since it started, or long ago" + workload.NewerVerdict)
 }
 
 // request takes an inference request.

@@ -140,7 +140,7 @@ func (k *Keep) deploy(c message.Command, item message.Item, next *state) (effect
 	if err != nil {
 		return nil, err
 	}
-	if e.Instance != d.Instance || e.Holder != k.st.Gateway || !bytes.Equal(e.Bundle, workload.ID(d.Manifest)) || !e.Answers(item.Command) {
+	if e.Instance != d.Instance || e.Tenant != k.st.Tenant || !bytes.Equal(e.Inputs, workload.InputsHash(d.Inputs)) || e.Holder != k.st.Gateway || !bytes.Equal(e.Bundle, workload.ID(d.Manifest)) || !e.Answers(item.Command) {
 		return nil, errors.New("deploy: the ledger's entry is not of this deployment: someone else may run it")
 	}
 	key, err := k.receiveKey(k.st)
@@ -393,10 +393,8 @@ func (k *Keep) workloadClaims() []attest.Workload {
 		}
 		if st := k.workloads.run[name]; st != nil {
 			c.Running, c.Protection, c.Rewritten = st.report.Running, st.report.Protection, st.report.Module
-			c.Failures, c.Reason = st.report.Failures, cmp.Or(st.report.Reason, k.gaveUp[name])
-			if st.runner != nil {
-				c.Rewriter, c.Compiler = cut(st.runner.hello.Rewriter, 32), st.runner.hello.Compiler
-			}
+			c.Failures, c.Reason = st.failures+st.report.Failures, cmp.Or(st.report.Reason, k.gaveUp[name])
+			c.Rewriter, c.Compiler = cut(st.hello.Rewriter, 32), st.hello.Compiler
 		}
 		out = append(out, c)
 	}

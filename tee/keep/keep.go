@@ -113,6 +113,7 @@ type Keep struct {
 	ledger     map[string]heard
 	repeated   map[string]time.Time // when something about an instance was sent last
 	said       map[string][]byte    // head that the source was told of last
+	checked    map[string]time.Time // when the ledger was asked about an instance last
 	refusals   map[string]int       // of claims in a row
 	gaveUp     map[string]string    // why an instance's last move from here came to nothing
 	answered   []answeredChallenge
@@ -173,7 +174,7 @@ func newKeep(cfg Config, log *slog.Logger, dev *tpm.Device) (*Keep, error) {
 	k := &Keep{
 		cfg: cfg, log: log, dev: dev, ek: ek, ekHash: hash, phase: tee.PhaseWaiting,
 		epochKey: key, nonces: map[string]asked{}, tails: map[string]end{},
-		moves: map[string]*move{}, ledger: map[string]heard{}, refusals: map[string]int{}, gaveUp: map[string]string{}, said: map[string][]byte{}, repeated: map[string]time.Time{},
+		moves: map[string]*move{}, ledger: map[string]heard{}, refusals: map[string]int{}, checked: map[string]time.Time{}, gaveUp: map[string]string{}, said: map[string][]byte{}, repeated: map[string]time.Time{},
 	}
 	k.sealer = newSealer(cfg, key)
 	k.workloads = newWorkloads(k)

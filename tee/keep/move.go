@@ -132,8 +132,8 @@ func (k *Keep) resendAll() {
 		}
 	}
 	for name, i := range k.st.Instances {
-		if i.Phase == phaseLive && time.Since(k.repeated[name]) >= askAfter {
-			k.repeated[name] = time.Now()
+		if (i.Phase == phaseLive || i.Phase == phaseHolding) && time.Since(k.checked[name]) >= askAfter {
+			k.checked[name] = time.Now()
 			k.stillHeld(name)
 		}
 		if k.moves[name] == nil && i.Phase != phaseLive && time.Since(k.repeated[name]) >= repeatAfter {
@@ -179,17 +179,28 @@ func (k *Keep) resend(name string) {
 	}
 }
 
-// clear has the agent forget the log of an earlier instance of this name. The
+// clear asks the ledger whether whoever offers an instance holds it, as it is
+// offered; then it has the agent forget the log of an earlier instance of this name. The
 // target accepts when that is done: a log is empty when its state first knows of
 // the instance, whatever crashes then.
 func (k *Keep) clear(name string, mv *move) {
-	k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, func(d tee.JobDone) {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		if d.Error == "" && k.moves[name] == mv && !mv.empty {
-			mv.empty = true
-			k.resend(name)
+	k.askEntry(name, func(e workload.Entry) {
+		if k.moves[name] != mv || mv.empty {
+			return
 		}
+		if e.Holder != mv.peer || e.Epoch != mv.offer.Epoch || !bytes.Equal(e.Bundle, workload.ID(mv.offer.Manifest)) || !bytes.Equal(e.Inputs, workload.InputsHash(mv.offer.Inputs)) {
+			k.refuse(name, mv.peer, mv.attempt, errors.New("the ledger says otherwise of what is offered"))
+			delete(k.moves, name)
+			return
+		}
+		k.workloads.do(name, tee.JobDrop, tee.DropLog{Instance: name}, func(d tee.JobDone) {
+			k.mu.Lock()
+			defer k.mu.Unlock()
+			if d.Error == "" && k.moves[name] == mv && !mv.empty {
+				mv.empty = true
+				k.resend(name)
+			}
+		})
 	})
 }
 
@@ -252,7 +263,7 @@ func (k *Keep) freezing(name string) bool {
 
 // claim asks the ledger. Its answer counts only for this very claim.
 func (k *Keep) claim(name string, e workload.Entry, i instance) {
-	e.Instance, e.Epoch = name, i.Epoch+1
+	e.Instance, e.Epoch, e.Tenant, e.Inputs = name, i.Epoch+1, k.st.Tenant, workload.InputsHash(i.Inputs)
 	msg, err := workload.Claim{Instance: name, From: i.Epoch, Entry: e}.Sign(k.epochKey)
 	if err != nil {
 		k.log.Error("a claim could not be signed", "err", err)
@@ -294,7 +305,7 @@ func (k *Keep) heardLedger(name string, from uint64, claim []byte, d tee.JobDone
 			return
 		}
 		e, err := workload.VerifyEntry(k.roots.Fleet, s.Message)
-		if err != nil || e.Instance != name || !e.Answers(claim) {
+		if err != nil || e.Instance != name || e.Tenant != k.st.Tenant || !e.Answers(claim) {
 			k.log.Warn("an answer that is not the ledger's", "instance", name, "err", err)
 			return
 		}
@@ -369,6 +380,10 @@ func (k *Keep) nextStep(name string, i instance) (next state, act func(), err er
 		}
 		return k.afterClaim(name, i, answer)
 	case phaseHolding:
+		if answered && answer.refused == "" && answer.entry.Epoch > i.Epoch {
+			delete(k.ledger, name)
+			return k.fenced(name, answer.entry)
+		}
 		if head := k.workloads.receivedHead(name); head != nil && !bytes.Equal(head, k.said[name]) {
 			k.said[name] = head
 			k.resend(name)
@@ -383,9 +398,9 @@ func (k *Keep) nextStep(name string, i instance) (next state, act func(), err er
 	return state{}, nil, nil
 }
 
-// stillHeld asks the ledger whether a live instance is still this keep's: the data
-// owner may have let it go on elsewhere while this box was away.
-func (k *Keep) stillHeld(name string) {
+// askEntry asks what the ledger says of an instance, over a fresh nonce. use is
+// called under the keep's lock, if there is an answer.
+func (k *Keep) askEntry(name string, use func(workload.Entry)) {
 	nonce := random(message.NonceSize)
 	q := tee.Question{Kind: message.AskEntry, Body: cose.MustMarshal(message.AskedEntry{Instance: name, Nonce: nonce})}
 	k.workloads.do("", tee.JobAsk, q, func(d tee.JobDone) {
@@ -396,11 +411,22 @@ func (k *Keep) stillHeld(name string) {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		e, err := workload.VerifyEntry(k.roots.Fleet, s.Message)
-		if err != nil || e.Instance != name || !e.Answers(nonce) {
+		if err != nil || e.Instance != name || e.Tenant != k.st.Tenant || !e.Answers(nonce) {
 			k.log.Warn("an answer that is not the ledger's", "instance", name, "err", err)
 			return
 		}
-		if i, ok := k.st.Instances[name]; ok && i.Phase == phaseLive && e.Epoch > i.Epoch {
+		use(e)
+	})
+}
+
+// stillHeld asks whether what is here of an instance is of any use: the data owner
+// may have let it go on elsewhere while this box was away, or the move that brings
+// it here came to nothing.
+func (k *Keep) stillHeld(name string) {
+	k.askEntry(name, func(e workload.Entry) {
+		i, ok := k.st.Instances[name]
+		ours := ok && i.Phase == phaseHolding && e.Epoch == i.Epoch+1 && bytes.Equal(e.Attempt, i.Move.Attempt)
+		if ok && (i.Phase == phaseLive || i.Phase == phaseHolding) && e.Epoch > i.Epoch && !ours {
 			k.ledger[name] = heard{from: i.Epoch, entry: e}
 			k.workloads.advanceSoon()
 		}
@@ -594,6 +620,9 @@ func (k *Keep) offered(c workload.Control) error {
 	if err == nil && !k.workloads.idle() {
 		err = errors.New("no runner is idle")
 	}
+	if err == nil && k.moves[c.Instance] == nil && len(k.moves) >= maxInstances {
+		err = errors.New("too many instances are being moved")
+	}
 	if err == nil && k.moves[c.Instance] != nil && k.moves[c.Instance].source {
 		err = errors.New("it is being moved from here")
 	}
@@ -707,7 +736,7 @@ func (k *Keep) released(c workload.Control) (tee.Outcome, error) {
 		return tee.Outcome{}, err
 	}
 	head := k.workloads.receivedHead(c.Instance)
-	if e.Instance != c.Instance || e.Epoch != i.Epoch+1 || e.Holder != k.st.Gateway || !bytes.Equal(e.Attempt, c.Attempt) || !bytes.Equal(e.Head, c.Head) {
+	if e.Instance != c.Instance || e.Tenant != k.st.Tenant || !bytes.Equal(e.Inputs, workload.InputsHash(i.Inputs)) || e.Epoch != i.Epoch+1 || e.Holder != k.st.Gateway || !bytes.Equal(e.Attempt, c.Attempt) || !bytes.Equal(e.Head, c.Head) {
 		return tee.Outcome{}, errors.New("the ledger's entry is not of this move")
 	}
 	if !bytes.Equal(head, e.Head) {
@@ -725,6 +754,7 @@ func (k *Keep) released(c workload.Control) (tee.Outcome, error) {
 	i.Keys = append(slices.Clone(i.Keys), final, newStateKey())
 	i.Move = &passage{Attempt: c.Attempt, Peer: c.From, Head: e.Head, Line: e.Line}
 	return k.step(k.withInstance(c.Instance, &i), func() (tee.Outcome, error) {
+		k.workloads.committed(c.Instance, e.Head)
 		k.adoptInstances()
 		k.workloads.tell(c.Instance, tee.KindActivate, tee.Activate{Epoch: i.Epoch, Keys: i.Keys, Head: e.Head, Line: e.Line})
 		k.log.Info("moved here", "instance", c.Instance, "from", c.From, "epoch", i.Epoch)
@@ -799,7 +829,9 @@ func (w *workloads) frame(e workload.Envelope) error {
 		if e.Kind == workload.KindFrame {
 			w.send(st.runner, tee.KindFrame, tee.Frame{N: f.N, Data: f.Data}, len(f.Data)+64)
 		} else {
-			st.progress = time.Now()
+			if f.N > st.reached {
+				st.reached, st.progress = f.N, time.Now()
+			}
 			w.send(st.runner, tee.KindFrameAck, tee.FrameAck{N: f.N}, 64)
 		}
 		return nil
@@ -820,7 +852,7 @@ func (w *workloads) setRoute(name string, to route) {
 	defer w.mu.Unlock()
 	delete(w.routes, name)
 	if st := w.run[name]; st != nil && to.peer != "" {
-		st.final = nil
+		st.final, st.reached = nil, 0
 		w.routes[name] = to
 	}
 }
@@ -844,6 +876,16 @@ func (w *workloads) has(name string, r *runner) bool {
 	defer w.mu.Unlock()
 	st := w.run[name]
 	return r != nil && st != nil && st.runner == r
+}
+
+// committed notes the newest state of an instance that moved here, before its
+// runner says so: nothing older is to be gone on from.
+func (w *workloads) committed(name string, head []byte) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st := w.run[name]; st != nil {
+		st.newest = head
+	}
 }
 
 // progressed is when the other side of a move last took something.

@@ -32,6 +32,7 @@ const (
 	maxJobBody     = tee.MaxFrame - 4096 // bytes: with what the keep puts around it, it fits a frame
 	maxResult      = 32 << 10            // bytes of one result: it fits a record
 	maxKeys        = 64                  // keys that one runner waits for
+	maxAside       = 4
 	runnerPatience = 10 * time.Second
 )
 
@@ -59,6 +60,7 @@ type running struct {
 	report   tee.Report
 	newest   []byte         // head of the newest state that was committed here
 	acked    sealing.Cursor // newest result that is durable
+	reached  uint64         // frames that it took
 	progress time.Time      // when the other side of a move last took something
 	recover  []byte         // blob that it goes on from
 	starts   int            // in a row that did not last
@@ -67,6 +69,8 @@ type running struct {
 	final    *tee.Final // what a runner that moves away has sent
 	received []byte     // head of what a runner that takes in has
 	infer    map[uint64]func(tee.Inferred)
+	failures uint64    // of the runners before this one
+	hello    tee.Hello // of the newest runner
 }
 
 // runner is a connected runner.
@@ -74,11 +78,14 @@ type runner struct {
 	d        *tee.Duplex
 	hello    tee.Hello
 	instance string // empty: idle
+	word     bool   // it has said why it ends
+	cut      bool   // this keep has ended it
 
 	out    []outgoing
 	size   int
 	missed map[string]bool // streams of which a chunk found no room
 	keys   int             // keys that it waits for
+	aside  int             // see aside
 	wake   chan struct{}
 }
 
@@ -229,6 +236,7 @@ func (w *workloads) gone(r *runner, err error) {
 	if st == nil || st.runner != r {
 		return
 	}
+	st.failed(r, err, w.specs[r.instance])
 	st.runner, st.report.Running, st.final, st.received = nil, false, nil, nil
 	for id, f := range st.infer {
 		f(tee.Inferred{ID: id, Error: "the workload's runner ended before it answered"})
@@ -248,6 +256,23 @@ func (w *workloads) gone(r *runner, err error) {
 	if spec, ok := w.specs[r.instance]; ok && spec.Phase == phaseLive {
 		w.k.log.Warn("a workload's runner ended", "instance", r.instance, "reason", err, "last", st.report.Reason, "again in", wait)
 	}
+}
+
+// failed counts the failures of a runner that has ended. One that was killed has
+// no last word, so the keep says what it can.
+func (st *running) failed(r *runner, err error, spec instance) {
+	st.failures += st.report.Failures
+	st.report.Failures = 0
+	if r.word || r.cut {
+		return
+	}
+	st.failures++
+	if errors.Is(err, errRunner) {
+		st.report.Reason = cut(err.Error(), 256)
+		return
+	}
+	m, _ := workload.PeekManifest(spec.Manifest) // checked when it was deployed
+	st.report.Reason = fmt.Sprintf("its runner was killed: over its CPU budget of %d ms for a batch, out of memory, or from outside", m.Limits.CPU)
 }
 
 // set takes over the committed state of instances.
@@ -278,6 +303,7 @@ func (w *workloads) set(specs map[string]instance) {
 // release ends an instance's runner. The caller holds w.mu.
 func (w *workloads) release(st *running) {
 	if st.runner != nil {
+		st.runner.cut = true
 		st.runner.d.Close()
 	}
 }
@@ -293,7 +319,7 @@ func (w *workloads) assign() {
 			if r.instance != "" {
 				continue
 			}
-			r.instance, st.runner, st.began = name, r, time.Now()
+			r.instance, st.runner, st.hello, st.began = name, r, r.hello, time.Now()
 			st.final, st.received = nil, nil
 			w.send(r, tee.KindAssign, w.assignment(name, spec, st), 4096)
 			break
@@ -306,7 +332,7 @@ func (w *workloads) assignment(name string, spec instance, st *running) tee.Assi
 		Instance: name, Epoch: spec.Epoch, Manifest: spec.Manifest, BundleKey: spec.BundleKey,
 		Keys: spec.Keys, Receive: spec.Phase == phaseHolding, Newest: st.newest, Recover: spec.Recover,
 	}
-	a.Line = spec.Line
+	a.Line, a.Arrived = spec.Line, spec.Phase == phaseLive && spec.Move != nil
 	if st.acked.Session == session(name, spec.Epoch) {
 		a.Line = max(a.Line, st.acked.Line)
 	}
@@ -419,6 +445,10 @@ func (w *workloads) message(r *runner, kind int, body []byte) error {
 			}
 			if len(p.Newest) > 0 {
 				st.newest = p.Newest
+			}
+			r.word = !p.Running && p.Failures > 0
+			if p.Reason == "" {
+				p.Reason = st.report.Reason // of the failure before
 			}
 			st.report = p
 			return nil
@@ -540,13 +570,11 @@ func (w *workloads) runnerJob(r *runner, name string, j tee.Job) error {
 	case tee.JobKey:
 		return taken(j.Body, func(b tee.WantKey) error { return w.wantKey(r, name, spec, j.ID, b) })
 	case tee.JobCheckpoint:
-		go w.checkpointKey(r, name, j.ID) // HPKE takes its time
-		return nil
+		return w.aside(r, func() { w.checkpointKey(r, name, j.ID) })
 	case tee.JobSnapshot:
-		return taken(j.Body, func(b tee.Snapshot) error { go w.snapshot(r, name, spec, j.ID, b); return nil })
+		return taken(j.Body, func(b tee.Snapshot) error { return w.aside(r, func() { w.snapshot(r, name, spec, j.ID, b) }) })
 	case tee.JobRecover:
-		go w.recover(r, name, spec, j.ID)
-		return nil
+		return w.aside(r, func() { w.recover(r, name, spec, j.ID) })
 	case tee.JobFrame:
 		return taken(j.Body, func(b tee.Frame) error { return w.relay(name, workload.KindFrame, b.N, b.Data) })
 	case tee.JobAck:
@@ -558,6 +586,25 @@ func (w *workloads) runnerJob(r *runner, name string, j tee.Job) error {
 		return err
 	}
 	return w.enqueue(&job{InstanceJob: tee.InstanceJob{Instance: name, Job: tee.Job{Kind: j.Kind, Body: j.Body}}, runner: r, theirs: j.ID})
+}
+
+// aside does what waits for the TPM, or takes its time, beside the runner's other
+// messages; a few at a time.
+func (w *workloads) aside(r *runner, f func()) error {
+	w.mu.Lock()
+	r.aside++
+	n := r.aside
+	w.mu.Unlock()
+	if n > maxAside {
+		return fmt.Errorf("%w: too many jobs under way", errRunner)
+	}
+	go func() {
+		f()
+		w.mu.Lock()
+		r.aside--
+		w.mu.Unlock()
+	}()
+	return nil
 }
 
 func own(of, name string) error {
@@ -579,6 +626,9 @@ func (w *workloads) do(instance, kind string, body any, done func(tee.JobDone)) 
 	j := &job{InstanceJob: tee.InstanceJob{Instance: instance, Job: tee.Job{Kind: kind, Body: cose.MustMarshal(body)}}, done: done}
 	if err := w.enqueue(j); err != nil {
 		w.k.log.Warn("not done now", "job", kind, "reason", err)
+		if done != nil {
+			go done(tee.JobDone{Error: err.Error(), Body: cose.Raw{0xf6}}) // takes locks of its own
+		}
 	}
 }
 
@@ -709,7 +759,7 @@ func (w *workloads) reset() {
 	for _, st := range w.run {
 		if st.runner != nil {
 			st.starts = 0
-			st.runner.d.Close()
+			w.release(st)
 		}
 	}
 	for _, j := range jobs {

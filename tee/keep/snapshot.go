@@ -37,7 +37,7 @@ func (w *workloads) snapshot(r *runner, name string, spec instance, id uint64, b
 		w.answer(r, id, nil, err)
 		return
 	}
-	w.do("", tee.JobAsk, tee.Question{Kind: message.AskSnapshot, Body: cose.MustMarshal(message.Signed{Message: msg})}, func(d tee.JobDone) {
+	w.do(name, tee.JobAsk, tee.Question{Kind: message.AskSnapshot, Body: cose.MustMarshal(message.Signed{Message: msg})}, func(d tee.JobDone) {
 		if d.Error != "" {
 			err = errors.New(d.Error)
 		}
@@ -67,7 +67,7 @@ func (w *workloads) recover(r *runner, name string, spec instance, id uint64) {
 		return
 	}
 	q := tee.Question{Kind: message.AskRecovery, Body: cose.MustMarshal(message.AskedRecovery{Instance: name, Verdict: verdict})}
-	w.do("", tee.JobAsk, q, func(d tee.JobDone) {
+	w.do(name, tee.JobAsk, q, func(d tee.JobDone) {
 		got, err := w.k.openRecovery(name, spec, d)
 		if err == nil {
 			w.mu.Lock()

@@ -67,10 +67,7 @@ func (k *Keep) restart(r tee.Start) (tee.Outcome, error) {
 	if t == nil {
 		return tee.Outcome{Pull: true}, nil
 	}
-	k.pending = nil
-	out, err := k.step(t.next, t.act) // never durable, so never done: offer it again
-	out.Fresh = fresh
-	return out, err
+	return tee.Outcome{Commit: t.blob, Fresh: fresh}, nil // perhaps never durable, and certainly not done: offer it again
 }
 
 // startNew makes a new identity: storage root, AK, keys. It becomes real with

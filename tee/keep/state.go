@@ -157,6 +157,7 @@ type transition struct {
 	next  state
 	slot  int
 	hash  []byte
+	blob  []byte
 	env   envelope
 	first []byte // G of a keep without NV indices yet
 	act   func() (tee.Outcome, error)
@@ -183,7 +184,7 @@ func (k *Keep) step(next state, act func() (tee.Outcome, error)) (tee.Outcome, e
 	}
 	sum := sha256.Sum256(blob)
 	t.hash = sum[:]
-	k.pending = t
+	t.blob, k.pending = blob, t
 	return tee.Outcome{Commit: blob}, nil
 }
 

@@ -216,8 +216,9 @@ func (n *node) order(instance string, m workload.Manifest, edit func(*deployment
 	d := deployment{
 		arg:    instance,
 		deploy: workload.Deploy{Instance: instance, Manifest: msg, Inputs: []workload.Source{{Gateway: n.name, Stream: "a"}}},
-		entry:  workload.Entry{Instance: instance, Epoch: e.Epoch + 1, Line: e.Line, Holder: n.name, Bundle: workload.ID(msg)},
+		entry:  workload.Entry{Instance: instance, Epoch: e.Epoch + 1, Line: e.Line, Holder: n.name, Bundle: workload.ID(msg), Tenant: tenant},
 	}
+	d.entry.Inputs = workload.InputsHash(d.deploy.Inputs)
 	d.deploy.Key = must(workload.SealTo(workload.PurposeBundle, workload.DeployContext(n.subject(), instance, msg), random(workload.KeySize), n.receive()))(n.t)
 	if edit != nil {
 		edit(&d)

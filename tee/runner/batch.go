@@ -154,6 +154,9 @@ func (s *session) take() (readings []sealing.Reading, after []workload.Cursor) {
 	for len(s.queue) > 0 && room > 0 {
 		r := s.queue[0]
 		at := &after[r.input]
+		if r.gap {
+			at.Skip, s.queue[0].gap = 0, false
+		}
 		rest := r.readings[min(at.Skip, uint64(len(r.readings))):]
 		if len(rest) > room {
 			rest = rest[:room]
@@ -349,7 +352,7 @@ func (s *session) load(ctx context.Context) error {
 		return err
 	}
 	if l.delta == nil {
-		if len(s.assign.Newest) > 0 {
+		if len(s.assign.Newest) > 0 || s.assign.Arrived {
 			return errors.New("the instance's log is gone: it is not begun again from nothing")
 		}
 		if len(s.assign.Recover) > 0 {

@@ -108,7 +108,7 @@ type Guest struct {
 
 // Load prepares a module. An error of type *RefusedError is for good.
 func (h *Host) Load(ctx context.Context, m workload.Manifest, module []byte, models [][]byte) (*Guest, error) {
-	g := &Guest{host: h, manifest: m, models: map[string][]byte{}, protection: "plain"}
+	g := &Guest{host: h, manifest: m, models: map[string][]byte{}}
 	for i, f := range m.Models {
 		g.models[f.Name] = models[i]
 	}
@@ -189,7 +189,7 @@ func (g *Guest) sleep(ctx context.Context, d time.Duration) error {
 		return ctx.Err()
 	}
 	if !time.Now().Before(g.deadline) {
-		return errors.New("its batch took too long")
+		return fmt.Errorf("its batch took too long: %w", context.DeadlineExceeded)
 	}
 	return nil
 }
@@ -336,6 +336,8 @@ func (g *Guest) result(out []byte, err error) ([]byte, error) {
 		return nil, fmt.Errorf("it wrote more than the %d bytes that its manifest allows", g.manifest.Limits.Output)
 	case errors.As(err, &exit) && exit.ExitCode() == 0 && g.info.Kind == wasm.Command:
 		return out, nil
+	case errors.As(err, &exit) && exit.ExitCode() == sys.ExitCodeDeadlineExceeded:
+		return nil, errors.New("its batch took too long: it slept")
 	case errors.As(err, &exit):
 		return nil, fmt.Errorf("it ended with exit code %d", exit.ExitCode())
 	case err != nil:

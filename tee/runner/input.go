@@ -38,17 +38,21 @@ type record struct {
 	input    int
 	cursor   workload.Cursor
 	readings []sealing.Reading
+	gap      bool // it does not follow the one before: what was consumed of that says nothing of this
 }
 
 const (
 	feedQueue  = 256
 	remoteWait = 15 * time.Second
 	retryAfter = 300 * time.Millisecond
+	askFirst   = time.Second
+	askLast    = 30 * time.Second
 )
 
 // run hands records on until ctx ends.
 func (in *input) run(ctx context.Context, out chan<- record) error {
-	behind := true
+	behind, failed := true, false
+	again := askFirst  // the feed's silence after which the cloud is asked once more; 0: not any more
 	var pending []byte // a fed chunk that does not follow yet
 	for ctx.Err() == nil {
 		if behind || !in.in.Local {
@@ -57,8 +61,10 @@ func (in *input) run(ctx context.Context, out chan<- record) error {
 				return err
 			}
 			if err == nil && more {
+				again = askFirst
 				continue
 			}
+			failed = err != nil
 			if err != nil && !in.in.Local {
 				pause(ctx, retryAfter)
 			}
@@ -68,12 +74,24 @@ func (in *input) run(ctx context.Context, out chan<- record) error {
 			continue
 		}
 		if pending == nil {
+			silent := make(<-chan time.Time)
+			if again > 0 { // what was fed before this process began may be on its way to the cloud
+				silent = time.After(again)
+			}
 			select {
 			case pending = <-in.feed:
 				if pending == nil {
-					behind = true
+					behind, again = true, askFirst
 					continue
 				}
+			case <-silent:
+				behind = true
+				if again *= 2; again > askLast && failed {
+					again = askLast
+				} else if again > askLast {
+					again = 0
+				}
+				continue
 			case <-ctx.Done():
 				return ctx.Err()
 			}
@@ -86,7 +104,7 @@ func (in *input) run(ctx context.Context, out chan<- record) error {
 			pending = nil
 			continue
 		}
-		behind = true // the cloud has what is missing, or will soon
+		behind, again = true, askFirst // the cloud has what is missing, or will soon
 		pause(ctx, retryAfter)
 	}
 	return ctx.Err()
@@ -156,9 +174,10 @@ func (in *input) take(ctx context.Context, data []byte, stored bool, out chan<- 
 		if len(in.at.Head) > 0 && bytes.Equal(in.at.Epoch, h.Epoch[:]) && h.Seq <= in.at.Seq {
 			continue
 		}
+		gap := len(in.at.Epoch) > 0 && bytes.Equal(in.at.Epoch, h.Epoch[:]) && h.Seq != in.at.Seq+1
 		in.at = workload.Cursor{Gateway: in.in.Gateway, Stream: in.in.Stream, Epoch: bytes.Clone(h.Epoch[:]), Seq: h.Seq, Head: sealing.Hash(r)}
 		select {
-		case out <- record{input: in.of, cursor: in.at, readings: readings}:
+		case out <- record{input: in.of, cursor: in.at, readings: readings, gap: gap}:
 		case <-ctx.Done():
 			return false, ctx.Err()
 		}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"math"
 	"slices"
 
 	"edgekeep/sealing"
@@ -27,8 +28,10 @@ type logReader struct {
 	grown   int64
 	size    int64 // of the parts since the last complete delta
 	began   uint64
-	seen    bool // the newest head that the keep knows of
-	torn    bool // parts of a delta without its end came last
+	head    []byte // of the newest complete delta
+	seen    bool   // the newest head that the keep knows of
+	torn    bool   // parts of a delta without its end came last
+	ends    uint64 // index after the newest complete delta
 }
 
 // packed is a pack of results.
@@ -55,8 +58,21 @@ func (l *logReader) begin() (err error) {
 	return err
 }
 
-// readLog reads the whole log.
+// readLog reads the log up to its newest complete delta. What comes of one without
+// an end is in the guest by the time that this is found out: then it reads again.
 func (s *session) readLog(ctx context.Context, keys []tee.StateKey) (*logReader, error) {
+	l, err := s.readUntil(ctx, keys, math.MaxUint64)
+	if err != nil || !l.torn || l.delta == nil {
+		return l, err
+	}
+	if l, err = s.readUntil(ctx, keys, l.ends); err == nil {
+		l.torn = true
+	}
+	return l, err
+}
+
+// readUntil reads the log's entries before end.
+func (s *session) readUntil(ctx context.Context, keys []tee.StateKey, end uint64) (*logReader, error) {
 	l, err := s.newLogReader(keys)
 	if err != nil {
 		return nil, err
@@ -68,6 +84,9 @@ func (s *session) readLog(ctx context.Context, keys []tee.StateKey) (*logReader,
 		}
 		s.next = r.Next
 		for i, part := range r.Entries {
+			if r.First+uint64(i) >= end {
+				return l, nil
+			}
 			if err := l.add(r.First+uint64(i), part); err != nil {
 				return nil, err
 			}
@@ -87,12 +106,12 @@ func (l *logReader) add(index uint64, part []byte) error {
 	}
 	l.torn = true
 	d, err := l.opener.Open(part)
-	if err != nil && l.opener.Next() > 0 {
-		why := err
+	if _, chain := workload.ChainHead(l.head, part); err != nil && l.opener.Next() > 0 && chain == nil { // it follows the newest complete delta: nothing was put back
+		why, results := err, l.results // those count: they were committed
 		if err := l.begin(); err != nil {
 			return err
 		}
-		l.began = index
+		l.began, l.results = index, results
 		if d, err = l.opener.Open(part); err != nil {
 			return fmt.Errorf("the instance's log, entry %d: %w", index, why)
 		}
@@ -104,11 +123,13 @@ func (l *logReader) add(index uint64, part []byte) error {
 	if d == nil {
 		return nil
 	}
+	l.ends = index + 1
 	return l.complete(d)
 }
 
 func (l *logReader) complete(d *workload.Delta) error {
 	l.torn = false
+	l.head = l.opener.Head()
 	l.seen = l.seen || bytes.Equal(l.opener.Head(), l.newest)
 	line := d.Line
 	var packs []packed

@@ -127,6 +127,7 @@ const (
 	maxPackReadings = 4096      // what a decoder of packs takes is more
 	minFull         = 4 << 20   // bytes of deltas after which a full one is written, at least
 	reportEvery     = time.Second
+	loadTime        = 2 * time.Minute // of CPU, to compile a module
 )
 
 // session is one instance's life in this process.
@@ -352,6 +353,9 @@ func (s *session) logLines(lines []string) {
 
 func (s *session) sendReport() {
 	s.reported = time.Now()
+	if s.guest != nil {
+		s.report.Protection = s.guest.Protection() // a filter has memory in batches only
+	}
 	_ = s.d.Send(tee.KindReport, s.report)
 }
 
@@ -366,7 +370,12 @@ func (s *session) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if s.guest, err = s.w.host.Load(ctx, s.manifest, module, models); err != nil {
+	if err := s.w.host.watchdog.arm(loadTime); err != nil {
+		return err
+	}
+	s.guest, err = s.w.host.Load(ctx, s.manifest, module, models)
+	s.w.host.watchdog.disarm()
+	if err != nil {
 		return err
 	}
 	defer s.guest.Close(context.WithoutCancel(ctx))
@@ -379,7 +388,7 @@ func (s *session) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.report.Running, s.report.Reason, s.report.Protection = true, "", s.guest.Protection()
+	s.report.Running, s.report.Reason = true, ""
 	s.sendReport()
 	return s.work(ctx)
 }

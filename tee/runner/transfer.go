@@ -276,33 +276,45 @@ func (in *incoming) frame(ctx context.Context, f tee.Frame) error {
 	if len(parts) == 0 {
 		return nil // it came before, or too early
 	}
-	done, err := in.s.start(tee.JobAppend, tee.AppendLog{Instance: in.s.assign.Instance, Entries: parts})
-	if err != nil {
-		return err
-	}
-	at := in.s.next
-	for i, part := range parts { // while the disk works
-		if err := in.take(at+uint64(i), part); err != nil {
+	for i, part := range parts { // before it is durable: what was altered on the way would be in the way for good
+		err := in.take(in.s.next+uint64(i), part)
+		if errors.Is(err, errAltered) {
+			parts = parts[:i]
+			break // it comes again
+		}
+		if err != nil {
 			return err
 		}
 	}
-	end, err := finish[tee.LogEnd](ctx, tee.JobAppend, done)
+	if len(parts) == 0 {
+		return nil
+	}
+	end, err := job[tee.LogEnd](ctx, in.s, tee.JobAppend, tee.AppendLog{Instance: in.s.assign.Instance, Entries: parts})
 	in.s.next = end.Next
 	return err
 }
 
+// errAltered is a part that is not as the source sealed it, or not the next one.
+var errAltered = errors.New("what came of the instance was altered")
+
 func (in *incoming) take(index uint64, part []byte) error {
 	head, err := workload.ChainHead(in.head, part)
 	if err != nil {
-		return fmt.Errorf("what came of the instance: %w", err)
+		return fmt.Errorf("%w: %w", errAltered, err)
 	}
 	key, last, err := workload.PeekPart(part)
 	if err != nil {
-		return fmt.Errorf("what came of the instance: %w", err)
+		return fmt.Errorf("%w: %w", errAltered, err)
+	}
+	opens := bytes.Equal(key, in.session) && len(in.sealed) == 0
+	if opens {
+		if err := in.l.opener.Check(part); err != nil {
+			return fmt.Errorf("%w: %w", errAltered, err)
+		}
 	}
 	in.head = head
 	in.count++
-	if bytes.Equal(key, in.session) && len(in.sealed) == 0 {
+	if opens {
 		return in.l.add(index, part)
 	}
 	if len(in.sealed) == 0 {

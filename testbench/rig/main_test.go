@@ -21,7 +21,12 @@ import (
 // programs is where TestMain has put the programs.
 var programs string
 
-func TestMain(m *testing.M) { os.Exit(run(m)) }
+func TestMain(m *testing.M) {
+	if len(os.Args) > 3 && os.Args[1] == supervising {
+		os.Exit(supervise(os.Args[2], os.Args[3:]...))
+	}
+	os.Exit(run(m))
+}
 
 func run(m *testing.M) int {
 	flag.Parse()
@@ -68,7 +73,15 @@ func build(dir string) error {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("building the programs: %w\n%s", err, out)
 	}
-	return nil
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	program, err := os.ReadFile(self)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, "supervisor"), program, 0o755)
 }
 
 // long reports whether the long variants were asked for.

@@ -7,28 +7,9 @@ import (
 	"math/rand/v2"
 	"os"
 	"strconv"
-	"syscall"
 	"testing"
 	"time"
 )
-
-// killWorkers kills the workers of a gateway's runners: each is its runner's only
-// child.
-func (g *Gateway) killWorkers() error {
-	for _, pid := range g.RunnerPIDs() {
-		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-		if err != nil {
-			return err
-		}
-		var child int
-		if n, _ := fmt.Sscan(string(raw), &child); n == 1 {
-			if err := syscall.Kill(child, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
-				return err
-			}
-		}
-	}
-	return nil
-}
 
 // moveUntil orders a move, again and again, until the ledger has it.
 func (b *bench) moveUntil(instance string, to *Gateway) error {

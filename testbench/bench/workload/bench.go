@@ -11,8 +11,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"edgekeep/cloud/client"
 	"edgekeep/tee/message"
 	"edgekeep/testbench/rig"
@@ -43,9 +41,6 @@ func prepare(ctx context.Context, short bool) (*bench, error) {
 	if err := os.Chmod(dir, 0o755); err != nil { // programs in it are for runners of another user
 		return b, errors.Join(err, b.end())
 	}
-	// As the service manager would: guest memory is locked, and the usual limit is
-	// 8 MiB. Who is not root measures what there is.
-	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	fmt.Println("building …")
 	if err := b.build(ctx); err != nil {
 		return b, errors.Join(err, b.end())

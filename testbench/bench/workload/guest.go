@@ -5,11 +5,13 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	_ "embed"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -47,8 +49,37 @@ func (b *bench) anomaly(ctx context.Context) (module, model []byte, err error) {
 	if module, err = os.ReadFile(b.path("examples/anomaly/anomaly.wasm")); err != nil {
 		return nil, nil, err
 	}
+	if module, err = roomy(module); err != nil {
+		return nil, nil, err
+	}
 	model, err = os.ReadFile(b.path("examples/anomaly/model.json"))
 	return module, model, err
+}
+
+// roomy has a module begin with 32 MiB of memory. A Go module begins with 4 and
+// grows, and where RLIMIT_MEMLOCK is small and memory begins locked, it cannot.
+func roomy(module []byte) ([]byte, error) {
+	const header, memorySection, pages = 8, 5, 32 << 20 >> 16
+	for at := header; at < len(module); {
+		id := module[at]
+		size, n := binary.Uvarint(module[at+1:])
+		begin := at + 1 + n
+		end := begin + int(size)
+		if n <= 0 || end > len(module) {
+			break
+		}
+		if id != memorySection {
+			at = end
+			continue
+		}
+		if size < 3 || module[begin] != 1 || module[begin+1] != 0 {
+			break // more than one, or with a limit
+		}
+		body := binary.AppendUvarint([]byte{1, 0}, pages)
+		section := append([]byte{memorySection, byte(len(body))}, body...)
+		return slices.Concat(module[:at], section, module[end:]), nil
+	}
+	return nil, errors.New("the module has no memory as a Go module has it")
 }
 
 // manifest is one of a reactor with so much memory, which reads these streams.

@@ -106,6 +106,9 @@ func (r *relay) close() {
 
 // link measures moves between gateways behind such links, on a rig of their own.
 func (b *bench) link(ctx context.Context) error {
+	if b.short {
+		return nil
+	}
 	if err := b.down(); err != nil {
 		return err
 	}
@@ -126,11 +129,7 @@ func (b *bench) link(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	n := 3
-	if b.short {
-		n = 1
-	}
-	m, err := b.movesOf(ctx, 4, n)
+	m, err := b.movesOf(ctx, 4, 3)
 	if err != nil {
 		return err
 	}

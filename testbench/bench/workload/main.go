@@ -57,7 +57,7 @@ func main() {
 
 func run(args []string) error {
 	flags := flag.NewFlagSet("workload", flag.ContinueOnError)
-	short := flags.Bool("short", false, "smaller and fewer, in less than a minute")
+	short := flags.Bool("short", false, "fewer and smaller, and no link: in less than a minute")
 	only := flags.String("only", "", "`part` to measure: batch, loop, start, move or link; all if empty")
 	if err := flags.Parse(args); err != nil {
 		return err

@@ -23,9 +23,9 @@ type moved struct {
 
 // moves measures moves of several sizes.
 func (b *bench) moves(ctx context.Context) error {
-	sizes, n := []int{4, 64, 256}, 5
+	sizes, n := []int{4, 64, 256}, 3
 	if b.short {
-		sizes, n = []int{4, 64}, 2
+		sizes, n = []int{4}, 3
 	}
 	for _, mib := range sizes {
 		m, err := b.movesOf(ctx, mib, n)
@@ -42,8 +42,8 @@ func (b *bench) moves(ctx context.Context) error {
 }
 
 func (m moved) tell(mib int) {
-	fmt.Printf("  %d MiB: down %v; final delta %.0f KiB, bare %v; the whole move %v\n",
-		mib, rounded(m.down), median(m.final)/1024, median(m.bare).Round(time.Microsecond), rounded(m.total))
+	fmt.Printf("  %d MiB: down %v; sent %.1f MiB, the last %.0f KiB of it after the stop, bare %v; the whole move %v\n",
+		mib, rounded(m.down), median(m.bytes)/(1<<20), median(m.final)/1024, median(m.bare).Round(time.Microsecond), rounded(m.total))
 }
 
 func rounded(xs []time.Duration) (out []time.Duration) {

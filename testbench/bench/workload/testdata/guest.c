@@ -1,7 +1,7 @@
 // The guest of the measurements: a reactor that counts the readings it gets, as
 // JSON lines, and says after each batch how many they were. A batch that begins
 // with "spin N" computes for N rounds instead. MB megabytes of its memory hold
-// something from its first batch on, of which each later one changes 16 pages.
+// something from its first batch on, of which each later one changes 2 pages.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,8 +38,8 @@ __attribute__((export_name("edgekeep_batch"))) uint64_t edgekeep_batch(char *p, 
   if (turn == 0)
     for (size_t i = 0; i < sizeof ballast; i += 64)
       ballast[i] = (unsigned char)(i * 2654435761u >> 13) | 1;
-  for (int i = 0; MB > 0 && i < 16; i++)
-    ballast[((turn * 16 + i) * 4096 * 7) % sizeof ballast]++;
+  for (int i = 0; MB > 0 && i < 2; i++)
+    ballast[((turn * 2 + i) * 4096 * 7) % sizeof ballast]++;
   turn++;
   if (n > 5 && !memcmp(p, "spin ", 5))
     sink = spin(strtoull(p + 5, 0, 10));

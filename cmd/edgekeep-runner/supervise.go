@@ -64,8 +64,8 @@ func supervise(ctx context.Context, conn *net.UnixConn, interpreter bool, stderr
 			}
 		}
 		_ = cmd.Process.Kill()
-		_ = <-ended // that it was killed is known
-		return errors.Join(ctx.Err(), errHungUp)
+		err := <-ended
+		return errors.Join(ctx.Err(), errHungUp, err)
 	}
 }
 

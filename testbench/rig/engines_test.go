@@ -162,6 +162,9 @@ func TestMoveEngines(t *testing.T) {
 		{"arm64", []string{"rolling"}, func(b *bench, g *Gateway) { b.startArm64(g, 3) }, true, false},
 		{"arm64 interpreter", []string{"rolling"}, func(b *bench, g *Gateway) { b.startArm64(g, 3, "--interpreter") }, false, false},
 	} {
+		if engine.name == "arm64 interpreter" && !long() {
+			continue
+		}
 		t.Run(engine.name, func(t *testing.T) {
 			b, edge, other := two(t, 5*time.Minute, "machine")
 			b.must(edge.StartRunners(5))
@@ -254,6 +257,9 @@ func (b *bench) alike(one, other string) {
 
 // TestMoveLarge moves 64 MiB of memory that no compression would make smaller.
 func TestMoveLarge(t *testing.T) {
+	if !long() {
+		t.Skip("64 MiB take a while: make test-long")
+	}
 	module := clang(t, "counter.c", "-mexec-model=reactor", "-DMB=64")
 	b := newBench(t, 3*time.Minute, Options{})
 	w := b.wire()

@@ -319,7 +319,14 @@ func TestInferAndStream(t *testing.T) {
 		last = count
 		switch i {
 		case 10, 20: // right after the answer: what was answered is in the state
-			b.must(syscall.Kill(b.worker(g, 0), syscall.SIGKILL))
+			killed := b.worker(g, 0)
+			b.must(syscall.Kill(killed, syscall.SIGKILL))
+			b.until("another worker", func() error { // before the keep knows, a request would go to the dead one
+				if b.worker(g, 0) == killed {
+					return errors.New("the dead one is still there")
+				}
+				return nil
+			})
 		case 15, 25:
 			_, _, err := b.counts(g, "!trap")
 			if err == nil || !strings.Contains(err.Error(), "unreachable") {

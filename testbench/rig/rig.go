@@ -21,6 +21,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"edgekeep/cloud/client"
 	"edgekeep/cloud/node"
 	"edgekeep/testbench/internal/process"
@@ -56,6 +58,9 @@ func New(ctx context.Context, o Options) (*Rig, error) {
 	if o.Lifetime == "" {
 		o.Lifetime = "10m"
 	}
+	// What a service manager would do for the runners: guest memory is locked. It is
+	// root's to raise; without, guests get what there is.
+	_ = unix.Setrlimit(unix.RLIMIT_MEMLOCK, &unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY})
 	r := &Rig{Options: o}
 	if err := os.MkdirAll(r.path("logs"), 0o755); err != nil {
 		return nil, fmt.Errorf("making the rig's directory: %w", err)

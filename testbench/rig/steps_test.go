@@ -287,7 +287,7 @@ func seed(t *testing.T) uint64 {
 // reorders, alters and replays messages. Each reading counts once, each result
 // comes once, and no epoch ever has two holders.
 func TestMoveTorture(t *testing.T) {
-	n, moves, limit, speed := 5_000, 6, 3*time.Minute, "100"
+	n, moves, limit, speed := 5_000, 5, 3*time.Minute, "100"
 	if long() {
 		n, moves, limit, speed = 100_000, 100, time.Hour, "100" // back and forth 50 times: each victim at each step
 	}

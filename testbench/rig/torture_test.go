@@ -35,13 +35,12 @@ func (b *bench) moveUntil(instance string, to *Gateway) error {
 // killed at any moment of the move. Every reading counts once, every result comes
 // once, and when all is quiet the instance lives where the ledger says.
 //
-// EDGEKEEP_SEED repeats a run's choices; EDGEKEEP_LONG makes it 50 moves and 100,000
-// readings.
+// EDGEKEEP_SEED repeats a run's choices; It is one of the long tests.
 func TestMoveKills(t *testing.T) {
-	moves, n, limit := 6, 20_000, 4*time.Minute
-	if long() {
-		moves, n, limit = 50, 100_000, 30*time.Minute
+	if !long() {
+		t.Skip("TestMoveTorture kills as well, at chosen messages; this one at random: make test-long")
 	}
+	moves, n, limit := 50, 100_000, 30*time.Minute
 	seed := uint64(time.Now().UnixNano())
 	if s := os.Getenv("EDGEKEEP_SEED"); s != "" {
 		var err error

@@ -5,6 +5,7 @@ import (
 	"crypto/hpke"
 	"crypto/rand"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"

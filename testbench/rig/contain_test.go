@@ -222,9 +222,7 @@ func (b *bench) allResults(instance string) (out []string) {
 	}
 }
 
-var (
-	endedLine = regexp.MustCompile(`^time=(\S+) .*msg="a workload's runner ended" instance=(\S+) .*"again in"=(\S+)$`)
-)
+var endedLine = regexp.MustCompile(`^time=(\S+) .*msg="a workload's runner ended" instance=(\S+) .*"again in"=(\S+)$`)
 
 // spacedOut checks that runners came after the pauses that the keep announced, and
 // that those double.
@@ -399,7 +397,7 @@ func TestRunnerHasNoReach(t *testing.T) {
 	_, err := b.consumer.Infer(b.ctx, g.Name, "vault", []byte("?"+input))
 	b.must(err)
 	w := b.said(g)["vault"]
-	var needles = map[string][]byte{"the input": []byte(input), "what the guest made of it": kept}
+	needles := map[string][]byte{"the input": []byte(input), "what the guest made of it": kept}
 	found, unreadable := search(t, pid, needles)
 	t.Logf("guest memory is %s; unreadable: %v; found: %v", w.Protection, unreadable, found)
 	fd, err := unix.MemfdSecret(0)

@@ -28,7 +28,7 @@ func (g *Gateway) workers() (out []int) {
 			more, _ := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/children", pid, t.Name()))
 			raw = append(append(raw, ' '), more...)
 		}
-		for _, f := range strings.Fields(string(raw)) {
+		for f := range strings.FieldsSeq(string(raw)) {
 			if child, err := strconv.Atoi(f); err == nil && !slices.Contains(out, child) {
 				out = append(out, child)
 			}

@@ -40,7 +40,7 @@ func (b *bench) loop(ctx context.Context) error {
 	defer wazero.close()
 	alone := func(rounds int) (time.Duration, error) {
 		began := time.Now()
-		_, err := wazero.batch(ctx, []byte("spin "+strconv.Itoa(rounds)))
+		err := wazero.batch(ctx, []byte("spin "+strconv.Itoa(rounds)))
 		return time.Since(began), err
 	}
 	const few = 50_000_000
@@ -164,7 +164,7 @@ func (b *bench) batch(ctx context.Context) error {
 		return err
 	}
 	defer wazero.close()
-	bareWall, bareCPU, err := b.rate(func(in []byte) error { _, err := wazero.batch(ctx, in); return err })
+	bareWall, bareCPU, err := b.rate(func(in []byte) error { return wazero.batch(ctx, in) })
 	if err != nil {
 		return err
 	}

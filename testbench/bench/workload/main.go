@@ -71,7 +71,7 @@ func run(args []string) error {
 	if err != nil {
 		return err
 	}
-	defer b.end()
+	defer func() { _ = b.end() }() // what is left is in a temporary directory
 	for _, p := range []struct {
 		name string
 		do   func(context.Context) error

@@ -258,7 +258,7 @@ func (k *Keep) stop(c message.Command, next *state) (effect func(), err error) {
 	case i.Phase != phaseLive:
 		return nil, fmt.Errorf("instance %s moves away and cannot be stopped now", name)
 	default:
-		*next = k.withInstance(name, &instance{Phase: phaseStopped, Manifest: i.Manifest, Epoch: i.Epoch, Line: i.Line})
+		*next = k.withInstance(name, &instance{Phase: phaseStopped, Manifest: i.Manifest, Epoch: i.Epoch, Line: i.Line, Inputs: i.Inputs})
 	}
 	return func() {
 		delete(k.moves, name)

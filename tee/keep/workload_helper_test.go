@@ -372,6 +372,9 @@ func (f *fabric) claim(n *node, msg []byte) (any, error) {
 	c := must(workload.VerifyClaim(&n.keep.epochKey.PublicKey, msg))(f.t)
 	e := f.ledger[c.Instance]
 	f.claims++
+	if e.Epoch == c.From && e.Holder == n.name && (c.Entry.Tenant != e.Tenant || !bytes.Equal(c.Entry.Inputs, e.Inputs)) {
+		return nil, errors.New(tee.CloudRefuses + "another tenant's, or other inputs")
+	}
 	if e.Epoch == c.From && e.Holder == n.name {
 		if f.refuse != nil {
 			if reason := f.refuse(c); reason != "" {

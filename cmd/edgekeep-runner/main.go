@@ -43,7 +43,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	}
 	log := slog.New(slog.NewTextHandler(stderr, nil))
 	if *worker {
-		return work(ctx, *interpreter, log)
+		return work(ctx, *interpreter)
 	}
 	log.Info("ready", "version", version)
 	for ctx.Err() == nil {
@@ -63,7 +63,7 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 }
 
 // work is the worker's whole life.
-func work(ctx context.Context, interpreter bool, log *slog.Logger) error {
+func work(ctx context.Context, interpreter bool) error {
 	f := os.NewFile(3, "keep")
 	conn, err := net.FileConn(f)
 	f.Close()
@@ -71,7 +71,7 @@ func work(ctx context.Context, interpreter bool, log *slog.Logger) error {
 		return fmt.Errorf("the connection to the keep: %w", err)
 	}
 	defer conn.Close()
-	w, err := runner.Prepare(runner.Config{Version: version, Interpreter: interpreter, Log: log})
+	w, err := runner.Prepare(runner.Config{Version: version, Interpreter: interpreter})
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package runner
 import (
 	"crypto/rand"
 	"fmt"
+	"slices"
 	"testing"
 
 	"edgekeep/sealing"
@@ -25,9 +26,7 @@ func TestHalfConsumedRecord(t *testing.T) {
 	s.records <- recOf(1, 100, 10)
 	seen := map[string]int{}
 	for range 10 {
-		if err := s.gather(); err != nil {
-			t.Fatal(err)
-		}
+		s.gather()
 		if len(s.queue) == 0 {
 			break
 		}
@@ -57,7 +56,7 @@ func TestGoOnInARecord(t *testing.T) {
 	s.records <- recOf(2, 110, 10)
 	got := 0
 	for range 20 {
-		_ = s.gather()
+		s.gather()
 		if len(s.queue) == 0 {
 			continue
 		}
@@ -103,5 +102,58 @@ func TestOldDeltaBehindTheLog(t *testing.T) {
 	}
 	if l.delta.Line != 3 && l.seen { // load() goes on
 		t.Errorf("goes on at line %d, though the keep knows of a commit at line 3", l.delta.Line)
+	}
+}
+
+// A delta whose end was never written, the first of a log or a later one, is no
+// part of the state, and not in the way of the full one that follows.
+func TestTornDelta(t *testing.T) {
+	keyID, key := make([]byte, 8), make([]byte, 32)
+	pages := func(yield func(workload.Page) bool) {
+		for i := range uint64(4) {
+			if !yield(workload.Page{Space: workload.SpaceFiles, Inode: 2, Index: i, Data: make([]byte, workload.FilePage)}) {
+				return
+			}
+		}
+	}
+	seal := func(prev []byte, next, line uint64, full bool) (parts [][]byte, head []byte) {
+		s, err := workload.NewStateSealer("i", keyID, key, prev, next, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Seal(workload.Delta{Full: full, Line: line}, pages, func(p []byte) error { parts = append(parts, p); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		return parts, s.Head()
+	}
+	first, head := seal(nil, 0, 1, true)
+	torn, _ := seal(head, 1, 2, false)
+	after, _ := seal(head, 1, 3, true)
+	for name, x := range map[string]struct {
+		log  [][]byte
+		line uint64
+		torn bool
+	}{
+		"the first":        {append(first[:2:2], first...), 1, false},
+		"a later one":      {slices.Concat(first, torn[:2], after), 3, false},
+		"the end is torn":  {slices.Concat(first, torn[:2]), 1, true},
+		"nothing but torn": {torn[:0:0], 0, false},
+	} {
+		l := &logReader{guest: &Guest{}, instance: "i", keys: []workload.StateKey{{ID: keyID, Key: key}}}
+		if err := l.begin(); err != nil {
+			t.Fatal(err)
+		}
+		for i, p := range x.log {
+			if err := l.add(uint64(i+1), p); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		line := uint64(0)
+		if l.delta != nil {
+			line = l.delta.Line
+		}
+		if line != x.line || l.torn != x.torn {
+			t.Errorf("%s: line %d, torn %v", name, line, l.torn)
+		}
 	}
 }

@@ -24,9 +24,7 @@ func (s *session) turn(ctx context.Context) error {
 		return s.infer(ctx, q)
 	default:
 	}
-	if err := s.gather(); err != nil {
-		return err
-	}
+	s.gather()
 	if s.out != nil && s.out.ready() {
 		return s.nearlyGone(ctx)
 	}
@@ -45,16 +43,15 @@ func (s *session) turn(ctx context.Context) error {
 }
 
 // gather takes in records that are there, up to a batch and some more.
-func (s *session) gather() error {
+func (s *session) gather() {
 	for s.waiting < 2*int(s.manifest.Input.Batch) {
 		select {
 		case r := <-s.records:
 			s.enqueue(r)
 		default:
-			return nil
+			return
 		}
 	}
-	return nil
 }
 
 func (s *session) enqueue(r record) {
@@ -237,10 +234,7 @@ func (s *session) infer(ctx context.Context, q tee.Infer) error {
 		}
 		return s.reload(ctx)
 	}
-	s.replies = append(s.replies, tee.Inferred{ID: q.ID, Output: out})
-	if len(s.infers) > 0 && len(s.replies) < maxInfers {
-		return nil
-	}
+	s.reply = &tee.Inferred{ID: q.ID, Output: out}
 	return s.save(ctx, false)
 }
 
@@ -284,13 +278,12 @@ func (s *session) release() error {
 		}
 		first += n
 	}
-	for _, r := range s.replies {
-		if err := s.d.Send(tee.KindInferred, r); err != nil {
-			return err
-		}
+	reply := s.reply
+	s.packs, s.results, s.size, s.reply = nil, 0, 0, nil
+	if reply == nil {
+		return nil
 	}
-	s.packs, s.results, s.size, s.replies = nil, 0, 0, nil
-	return nil
+	return s.d.Send(tee.KindInferred, *reply)
 }
 
 func (s *session) handOver(first uint64, pack []byte) (uint64, error) {

@@ -104,9 +104,10 @@ func (l *logReader) add(index uint64, part []byte) error {
 	if l.size == 0 {
 		l.began = index
 	}
+	begun := l.delta != nil || l.size > 0
 	l.torn = true
 	d, err := l.opener.Open(part)
-	if _, chain := workload.ChainHead(l.head, part); err != nil && l.opener.Next() > 0 && chain == nil { // it follows the newest complete delta: nothing was put back
+	if _, chain := workload.ChainHead(l.head, part); err != nil && begun && chain == nil { // it follows the newest complete delta: nothing was put back
 		why, results := err, l.results // those count: they were committed
 		if err := l.begin(); err != nil {
 			return err

@@ -29,7 +29,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"runtime"
 	"sync"
@@ -48,7 +47,6 @@ import (
 type Config struct {
 	Version     string
 	Interpreter bool // also where there is a compiler
-	Log         *slog.Logger
 }
 
 // Worker is a process that is ready to run an instance.
@@ -154,7 +152,6 @@ type session struct {
 	guest    *Guest
 	report   tee.Report
 	reported time.Time
-	epoch    uint64
 
 	records chan record
 	queue   []record // that batches have yet to be made of
@@ -164,10 +161,10 @@ type session struct {
 
 	line    uint64 // number of the newest result
 	pack    sealing.Pack
-	packs   [][]byte // of results that wait for a commit, before those in pack
-	results int      // how many wait
-	size    int      // bytes of packs
-	replies []tee.Inferred
+	packs   [][]byte      // of results that wait for a commit, before those in pack
+	results int           // how many wait
+	size    int           // bytes of packs
+	reply   *tee.Inferred // that waits for a commit
 
 	dirty     bool // something ran since the last commit
 	committed time.Time
@@ -365,7 +362,7 @@ func (s *session) run(ctx context.Context) error {
 	if s.manifest, err = workload.PeekManifest(s.assign.Manifest); err != nil {
 		return err
 	}
-	s.epoch, s.acked = s.assign.Epoch, s.assign.Line
+	s.acked = s.assign.Line
 	module, models, err := s.bundle(ctx)
 	if err != nil {
 		return err

@@ -23,9 +23,8 @@ type outgoing struct {
 	moved  time.Time
 	window uint64        // parts that may be under way
 	again  time.Duration // without an acknowledgement, until they are sent again
-	began  time.Time
-	size   int // bytes in the queue
-	rounds int // commits when the source was about to stop
+	size   int           // bytes in the queue
+	rounds int           // commits when the source was about to stop
 	final  bool
 }
 
@@ -45,7 +44,7 @@ func (s *session) controlled(ctx context.Context, m any) error {
 	case tee.Send:
 		return s.beginMove(ctx, m)
 	case tee.Resume:
-		s.out, s.epoch = nil, m.Epoch
+		s.out = nil
 	}
 	return nil
 }
@@ -61,7 +60,7 @@ func (s *session) beginMove(ctx context.Context, m tee.Send) error {
 	if err != nil {
 		return err
 	}
-	s.out = &outgoing{send: m, sealer: sealer, window: sendWindow, again: resendAfter, began: time.Now(), moved: time.Now()}
+	s.out = &outgoing{send: m, sealer: sealer, window: sendWindow, again: resendAfter, moved: time.Now()}
 	d, pages, err := s.guest.Capture(true)
 	if err != nil {
 		return fmt.Errorf("capturing state: %w", err)
@@ -352,7 +351,7 @@ func (in *incoming) activate(ctx context.Context, a tee.Activate) error {
 	if err := in.l.opener.End(); err != nil {
 		return err
 	}
-	in.s.assign.Epoch, in.s.assign.Keys, in.s.epoch = a.Epoch, a.Keys, a.Epoch
+	in.s.assign.Epoch, in.s.assign.Keys = a.Epoch, a.Keys
 	in.s.outputAck(tee.OutputAck{Line: a.Line}) // what came before is the source's
 	return in.s.goOn(ctx, in.l)
 }

@@ -63,7 +63,7 @@ func (p *Pack) Add(r Reading) {
 			fields++
 		}
 	}
-	b := appendHead(p.records, cborMap, fields) // keys in their deterministic order: 0 1 2 3 4 -2 -3
+	b := cose.AppendHead(p.records, cborMap, fields) // keys in their deterministic order: 0 1 2 3 4 -2 -3
 	if name != "" {
 		b = appendText(append(b, 0x00), name)
 	}
@@ -91,7 +91,7 @@ func (p *Pack) Size() int { return len(p.records) }
 
 // Marshal encodes the pack.
 func (p *Pack) Marshal() []byte {
-	out := appendHead(make([]byte, 0, len(p.records)+9), cborArray, uint64(p.readings))
+	out := cose.AppendHead(make([]byte, 0, len(p.records)+9), cborArray, uint64(p.readings))
 	return append(out, p.records...)
 }
 
@@ -104,30 +104,15 @@ const (
 	cborMap   = 5 << 5
 )
 
-// appendHead appends an initial byte and its argument, the shortest way.
-func appendHead(b []byte, major byte, n uint64) []byte {
-	switch {
-	case n < 24:
-		return append(b, major|byte(n))
-	case n <= math.MaxUint8:
-		return append(b, major|24, byte(n))
-	case n <= math.MaxUint16:
-		return binary.BigEndian.AppendUint16(append(b, major|25), uint16(n))
-	case n <= math.MaxUint32:
-		return binary.BigEndian.AppendUint32(append(b, major|26), uint32(n))
-	}
-	return binary.BigEndian.AppendUint64(append(b, major|27), n)
-}
-
 func appendText(b []byte, s string) []byte {
-	return append(appendHead(b, cborText, uint64(len(s))), s...)
+	return append(cose.AppendHead(b, cborText, uint64(len(s))), s...)
 }
 
 func appendInt(b []byte, n int64) []byte {
 	if n < 0 {
-		return appendHead(b, cborNint, uint64(-1-n))
+		return cose.AppendHead(b, cborNint, uint64(-1-n))
 	}
-	return appendHead(b, cborUint, uint64(n))
+	return cose.AppendHead(b, cborUint, uint64(n))
 }
 
 // appendValue appends the key of a value and the value.
@@ -143,7 +128,7 @@ func appendValue(b []byte, v any) []byte {
 	case int64:
 		return appendInt(append(b, 0x02), v)
 	case uint64:
-		return appendHead(append(b, 0x02), cborUint, v)
+		return cose.AppendHead(append(b, 0x02), cborUint, v)
 	case float64:
 		return appendFloat(append(b, 0x02), v)
 	}

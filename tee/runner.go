@@ -120,11 +120,8 @@ type Send struct {
 	Final   StateKey `cbor:"3,keyasint"`
 }
 
-// Resume ends a move that did not come about; the runner goes on under the epoch,
-// which is a new one if the ledger was asked.
-type Resume struct {
-	Epoch uint64 `cbor:"1,keyasint"`
-}
+// Resume ends a move that did not come about; the runner goes on.
+type Resume struct{}
 
 // Frame is sealed state on its way between two runners.
 type Frame struct {

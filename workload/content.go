@@ -67,16 +67,12 @@ func SealContent(key, module []byte, models [][]byte) ([]byte, error) {
 
 // appendBytes appends a CBOR byte string (RFC 8949 §3.1), of any size.
 func appendBytes(out, b []byte) []byte {
-	head := cose.MustMarshal(uint64(len(b)))
-	head[0] |= 2 << 5 // major type 2 with the length that the integer had
-	return append(append(out, head...), b...)
+	return append(appendCBOR(out, 2, uint64(len(b))), b...)
 }
 
 // cutBytes takes a CBOR byte string of a known size from the front of b.
 func cutBytes(b []byte, size int64) (part, rest []byte, err error) {
-	head := cose.MustMarshal(uint64(size))
-	head[0] |= 2 << 5
-	rest, ok := bytes.CutPrefix(b, head)
+	rest, ok := bytes.CutPrefix(b, appendCBOR(nil, 2, uint64(size)))
 	if !ok || int64(len(rest)) < size {
 		return nil, nil, errors.New("a part is not of the size that the manifest says")
 	}

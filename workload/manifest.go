@@ -130,6 +130,10 @@ func ValidInstance(name string) bool {
 	return instName.MatchString(name) && !strings.HasSuffix(name, "-log")
 }
 
+// Session names the numbering of an instance's results in one epoch: the session of
+// the cursor in their checkpoints (package sealing).
+func Session(instance string, epoch uint64) string { return fmt.Sprintf("%s#%d", instance, epoch) }
+
 // Validate says what is wrong with a manifest.
 func (m Manifest) Validate() error {
 	total := m.ModuleSize

@@ -1,9 +1,9 @@
 package workload
 
 import (
-	"encoding/binary"
 	"errors"
-	"math"
+
+	"edgekeep/internal/cose"
 )
 
 // The parts of state are too many and too large for an encoder that reflects and a
@@ -21,21 +21,8 @@ const (
 	cborTrue  = 0xf5
 )
 
-// appendCBOR appends the head of an item, the shortest way.
-func appendCBOR(b []byte, major byte, n uint64) []byte {
-	major <<= 5
-	switch {
-	case n < 24:
-		return append(b, major|byte(n))
-	case n <= math.MaxUint8:
-		return append(b, major|24, byte(n))
-	case n <= math.MaxUint16:
-		return binary.BigEndian.AppendUint16(append(b, major|25), uint16(n))
-	case n <= math.MaxUint32:
-		return binary.BigEndian.AppendUint32(append(b, major|26), uint32(n))
-	}
-	return binary.BigEndian.AppendUint64(append(b, major|27), n)
-}
+// appendCBOR appends the head of an item of a major type.
+func appendCBOR(b []byte, major byte, n uint64) []byte { return cose.AppendHead(b, major<<5, n) }
 
 // stateReader takes items off the front of data. After the first failure err is
 // set, and all that is read is empty. What it returns aliases data.

@@ -185,14 +185,5 @@ func vouched(roots attest.Trusted, subject string, rel message.Release) (*ecdsa.
 	if err != nil {
 		return nil, err
 	}
-	keys, err := v.DataKeys()
-	if err != nil {
-		return nil, err
-	}
-	for _, k := range keys {
-		if k.Equal(key) {
-			return key, nil
-		}
-	}
-	return nil, errors.New("no verdict vouches for the key that signed this data")
+	return v.DataKey(cose.Thumbprint(key))
 }

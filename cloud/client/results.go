@@ -140,14 +140,14 @@ func (r *Results) chunk(rec fleet.Record, records []Opened) []Result {
 	return out
 }
 
-// epoch reads it off a cursor's session: see fleet.Session.
+// epoch reads it off a cursor's session: see workload.Session.
 func (r *Results) epoch(c *sealing.Cursor) (uint64, error) {
 	if c == nil {
 		return 0, errors.New("no cursor")
 	}
 	text, ok := strings.CutPrefix(c.Session, r.instance+"#")
 	epoch, err := strconv.ParseUint(text, 10, 64)
-	if !ok || err != nil || fleet.Session(r.instance, epoch) != c.Session {
+	if !ok || err != nil || workload.Session(r.instance, epoch) != c.Session {
 		return 0, errors.New("not a session of this instance")
 	}
 	return epoch, nil

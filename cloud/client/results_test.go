@@ -146,7 +146,7 @@ func TestResultsModel(t *testing.T) {
 					values = append(values, int(line))
 					want[line] = fmt.Sprintf("%d.%d=%d@%s", e+1, line, line, holder)
 				}
-				honest = append(honest, sealedChunk(holder, fleet.Session("watch", uint64(e+1)), line, values))
+				honest = append(honest, sealedChunk(holder, workload.Session("watch", uint64(e+1)), line, values))
 			}
 		}
 		r := newResults(record(events...))
@@ -165,7 +165,7 @@ func TestResultsModel(t *testing.T) {
 				if epoch == uint64(len(events)) {
 					by = "stranger"
 				}
-				out = append(out, r.feed(t, sealedChunk(by, fleet.Session("watch", epoch), after+2, []int{-1, -2}))...)
+				out = append(out, r.feed(t, sealedChunk(by, workload.Session("watch", epoch), after+2, []int{-1, -2}))...)
 			}
 			out = append(out, r.feed(t, c)...)
 		}

@@ -408,7 +408,7 @@ func (g *gateway) seal(instance string, epoch, last uint64, values ...int64) {
 	}
 	r := must(sealing.SealRecord(aead, instance, stream, g.sealed, g.prev, nil, p.Marshal(), false))
 	c.Records = [][]byte{r}
-	cp := sealing.Checkpoint{Subject: "acme/" + g.name, Stream: instance, Epoch: stream, Seq: g.sealed, Head: sealing.Hash(r), Cursor: &sealing.Cursor{Session: fleet.Session(instance, epoch), Line: last}}
+	cp := sealing.Checkpoint{Subject: "acme/" + g.name, Stream: instance, Epoch: stream, Seq: g.sealed, Head: sealing.Hash(r), Cursor: &sealing.Cursor{Session: workload.Session(instance, epoch), Line: last}}
 	c.Checkpoint = must(cp.Sign(g.key, sealing.TypCheckpoint))
 	g.prev, g.sealed = sealing.Hash(r), g.sealed+1
 	acks := must(g.bus.NC.SubscribeSync("ek1.acme." + g.name + ".down.ack"))

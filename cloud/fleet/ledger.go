@@ -199,16 +199,11 @@ func (f *Fleet) verifyClaim(ctx context.Context, tenant cloud.Tenant, t mqtt.Top
 	if err != nil {
 		return workload.Claim{}, errors.Join(err, f.askToAttest(ctx, t))
 	}
-	keys, err := v.DataKeys()
+	key, err := v.DataKey(kid)
 	if err != nil {
-		return workload.Claim{}, err
+		return workload.Claim{}, errors.Join(fmt.Errorf("claim: %w", err), f.askToAttest(ctx, t))
 	}
-	for _, k := range keys {
-		if bytes.Equal(cose.Thumbprint(k), kid) {
-			return workload.VerifyClaim(k, msg)
-		}
-	}
-	return workload.Claim{}, errors.Join(errors.New("claim: no verdict vouches for the key that signed it"), f.askToAttest(ctx, t))
+	return workload.VerifyClaim(key, msg)
 }
 
 // usable returns a gateway's newest verdict, if it may be relied on.

@@ -172,8 +172,8 @@ func TestClaims(t *testing.T) {
 		{"to a revoked gateway", a.claim(1, to("claimrev")), "is revoked"},
 		{"to a weak gateway", a.claim(1, to("claimweak")), "asks for assurance"},
 		{"to a gateway in a bad state", a.claim(1, to("claimstr")), "contraindicated"},
-		{"signed by another gateway", b.claim(1, move), "no verdict vouches"},
-		{"signed by the operator", signClaim(signers["acme"]["operator"], 1, move), "no verdict vouches"},
+		{"signed by another gateway", b.claim(1, move), "does not vouch"},
+		{"signed by the operator", signClaim(signers["acme"]["operator"], 1, move), "does not vouch"},
 		{"garbage", []byte("garbage"), "malformed"},
 	} {
 		if _, reason := a.claimed(x.claim); !strings.Contains(reason, x.want) || reason == "" {
@@ -281,7 +281,7 @@ func TestStopLost(t *testing.T) {
 // results seals n results of an instance, from a line on, as one chunk.
 func (g *gateway) results(instance string, epoch, first uint64, n int) []byte {
 	g.t.Helper()
-	return g.numbered(instance, &sealing.Cursor{Session: fleet.Session(instance, epoch), Line: first + uint64(n) - 1})
+	return g.numbered(instance, &sealing.Cursor{Session: workload.Session(instance, epoch), Line: first + uint64(n) - 1})
 }
 
 // numbered seals a chunk with this cursor.

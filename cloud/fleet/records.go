@@ -14,6 +14,7 @@ import (
 	"edgekeep/sealing"
 	"edgekeep/tee/attest"
 	"edgekeep/tee/message"
+	"edgekeep/workload"
 )
 
 const (
@@ -165,7 +166,7 @@ func (f *Fleet) storedLine(ctx context.Context, tenant, gateway, instance string
 		return 0, nil
 	}
 	subject := "rec." + cloud.Key(tenant, gateway) + "." + instance
-	session := Session(instance, epoch)
+	session := workload.Session(instance, epoch)
 	m, err := f.Bus.Rec.GetLastMsgForSubject(ctx, subject)
 	for range 64 {
 		if errors.Is(err, jetstream.ErrMsgNotFound) {
@@ -189,7 +190,3 @@ func (f *Fleet) storedLine(ctx context.Context, tenant, gateway, instance string
 	}
 	return 0, nil
 }
-
-// Session is the session of the cursor in the checkpoints of an instance's
-// results: its lines are numbered on from epoch to epoch.
-func Session(instance string, epoch uint64) string { return fmt.Sprintf("%s#%d", instance, epoch) }

@@ -1,6 +1,7 @@
 package attest
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"errors"
@@ -183,6 +184,21 @@ func (v Verdict) Usable(subject, tenant string, now time.Time) error {
 		return fmt.Errorf("the verdict is %s", Tier(v.Appraisal().Status))
 	}
 	return nil
+}
+
+// DataKey returns the key with this id (cose.Thumbprint), if the verdict vouches for
+// it as one that signs data.
+func (v Verdict) DataKey(kid []byte) (*ecdsa.PublicKey, error) {
+	keys, err := v.DataKeys()
+	if err != nil {
+		return nil, err
+	}
+	for _, pub := range keys {
+		if bytes.Equal(cose.Thumbprint(pub), kid) {
+			return pub, nil
+		}
+	}
+	return nil, fmt.Errorf("the verdict on %s does not vouch for the key that signed this", v.Subject)
 }
 
 // DataKeys returns the keys whose checkpoints the verdict vouches for: the epoch

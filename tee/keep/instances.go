@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/ecdsa"
 	"errors"
 	"fmt"
 	"maps"
@@ -364,12 +363,11 @@ func (k *Keep) openKey(want tee.WantKey, body []byte) (tee.GotKey, error) {
 	if err != nil {
 		return tee.GotKey{}, err
 	}
-	keys, err := v.DataKeys()
-	if err != nil {
+	if _, err = v.DataKey(cose.Thumbprint(pub)); err != nil {
 		return tee.GotKey{}, err
 	}
-	if v.Subject != subject || !v.Affirming() || !slices.ContainsFunc(keys, func(o *ecdsa.PublicKey) bool { return o.Equal(pub) }) {
-		return tee.GotKey{}, fmt.Errorf("no verdict vouches for the key that signs %s/%s", want.Gateway, want.Stream)
+	if v.Subject != subject || !v.Affirming() {
+		return tee.GotKey{}, fmt.Errorf("no affirming verdict on %s vouches for the key that signs %s", subject, want.Stream)
 	}
 	return tee.GotKey{Key: secret, EpochKey: rel.EpochKey}, nil
 }

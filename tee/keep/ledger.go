@@ -231,7 +231,6 @@ func (k *Keep) afterClaim(name string, i instance, a heard) (next state, act fun
 		i.Phase, i.Epoch, i.Line, i.Move = phaseLive, e.Epoch, e.Line, nil
 		return k.withInstance(name, &i), func() {
 			k.log.Warn("a move did not come about; the instance goes on here", "instance", name, "epoch", e.Epoch)
-			k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: e.Epoch})
 		}, nil
 	}
 	if e.Epoch <= i.Epoch { // an entry of an earlier epoch proves nothing: this one was granted after it

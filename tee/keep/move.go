@@ -224,7 +224,7 @@ func (k *Keep) giveUp(name string, reason error) {
 	if mv.source {
 		k.workloads.setRoute(name, route{})
 		k.refuse(name, mv.peer, mv.attempt, reason)
-		k.workloads.tell(name, tee.KindResume, tee.Resume{Epoch: k.st.Instances[name].Epoch})
+		k.workloads.tell(name, tee.KindResume, tee.Resume{})
 	}
 }
 

@@ -753,7 +753,7 @@ func (m *machine) lives(instance string, epoch uint64) {
 	f := m.n.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	key := session(instance, epoch)
+	key := workload.Session(instance, epoch)
 	if other := f.lived[key]; other != "" && other != m.n.name {
 		f.wrong = append(f.wrong, fmt.Sprintf("%s lives on %s and on %s", key, other, m.n.name))
 	}
@@ -792,10 +792,8 @@ func (m *machine) live(a tee.Assign, epoch uint64) {
 				frames, acked, told = [][]byte{sealValue(s.Session, m.value+1), sealValue(s.Session, m.value+2), sealValue(s.Final, m.value)}, 0, false
 			}
 		case tee.KindResume:
-			if r, err := tee.Body[tee.Resume](in.body); err == nil {
-				frames = nil
-				m.lives(a.Instance, r.Epoch)
-			}
+			frames = nil
+			m.lives(a.Instance, epoch)
 		case tee.KindFrameAck:
 			if f, err := tee.Body[tee.FrameAck](in.body); err == nil && f.N <= uint64(len(frames)) {
 				acked = max(acked, f.N)

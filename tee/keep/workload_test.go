@@ -484,15 +484,15 @@ func TestReleasedKeys(t *testing.T) {
 		"another gateway": {func(r *message.Release) {
 			r.Message = must(sealing.SealStreamKey(f.cloud.broker, sealing.TypRelease, "acme/gw2", "a", epoch, secret, n.receive()))(t)
 		}, "another stream"},
-		"another signer":       {func(r *message.Release) { r.EpochKey = cose.MarshalKey(&newKey(t).PublicKey) }, "no verdict vouches"},
-		"a verdict on another": {func(r *message.Release) { r.Verdict = vouches(func(v *attest.Verdict) { v.Subject = "acme/gw2" }) }, "no verdict vouches"},
+		"another signer":       {func(r *message.Release) { r.EpochKey = cose.MarshalKey(&newKey(t).PublicKey) }, "does not vouch"},
+		"a verdict on another": {func(r *message.Release) { r.Verdict = vouches(func(v *attest.Verdict) { v.Subject = "acme/gw2" }) }, "no affirming verdict"},
 		"no verifier":          {func(r *message.Release) { r.Verdict = must(n.keep.verdict.Sign(f.cloud.fleet))(t) }, "verdict"},
 		"a warning": {func(r *message.Release) {
 			r.Verdict = vouches(func(v *attest.Verdict) {
 				vector := attest.Vector{Configuration: 36}
 				v.Submods = map[string]attest.Appraisal{attest.Submodule: {Status: vector.Status(), Vector: vector}}
 			})
-		}, "no verdict vouches"},
+		}, "no affirming verdict"},
 	} {
 		id++
 		f.release = func(message.AskedKey) message.Release { return release(x.edit) }

@@ -73,13 +73,8 @@ const (
 // formatVersion is the first item of a bundle.
 const formatVersion = 1
 
-// head is the head of a CBOR item: its major type and its argument in the
-// shortest form, which is that of the integer with other leading bits.
-func head(major byte, arg uint64) []byte {
-	b := cose.MustMarshal(arg)
-	b[0] |= major
-	return b
-}
+// head is the head of a CBOR item.
+func head(major byte, arg uint64) []byte { return cose.AppendHead(nil, major, arg) }
 
 // Marshal is the bundle as a file.
 func (b Bundle) Marshal() []byte {
